@@ -1,0 +1,1 @@
+"""What every layer may use: errors, logs, progress. Imports nothing of ours."""

@@ -1,0 +1,51 @@
+"""Schemas and the digest of a table's content."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.tables import CANDIDATES, QRELS, QUERIES, Candidate, Qrel, Query, digest, table_of
+
+TEXT = st.none() | st.text(max_size=8)
+ROWS = st.lists(st.builds(Candidate, st.text(max_size=4), TEXT, TEXT, st.sampled_from(["text", "image", "image,text"])), max_size=12)
+QUERY_ROWS = st.lists(st.builds(Query, st.text(max_size=4), TEXT, TEXT, st.just("text"), st.lists(st.text(max_size=3), max_size=3),
+                                st.lists(st.text(max_size=3), max_size=3)), max_size=8)
+
+
+@given(ROWS, ROWS)
+def test_digest_is_equal_exactly_for_equal_rows(first: list[Candidate], second: list[Candidate]) -> None:
+    assert (digest(table_of(first, CANDIDATES)) == digest(table_of(second, CANDIDATES))) == (first == second)
+
+
+@given(QUERY_ROWS, QUERY_ROWS)
+def test_digest_sees_into_lists(first: list[Query], second: list[Query]) -> None:
+    assert (digest(table_of(first, QUERIES)) == digest(table_of(second, QUERIES))) == (first == second)
+
+
+@given(ROWS, st.integers(0, 12))
+def test_digest_ignores_chunks_slices_and_dictionary_order(rows: list[Candidate], cut: int) -> None:
+    whole = table_of(rows, CANDIDATES)
+    parts = [table_of(part, CANDIDATES) for part in (rows[:cut], rows[cut:])]
+    assert digest(pa.concat_tables(parts)) == digest(whole)
+    shifted = pa.concat_tables([table_of([Candidate("before", "x", None, "image"), *rows], CANDIDATES)]).slice(1)
+    assert digest(shifted) == digest(whole)
+
+
+def test_digest_survives_the_file_format(tmp_path: object) -> None:
+    table = table_of([Candidate("1:1", None, "a.jpg", "image"), Candidate("1:2", "", None, "text")], CANDIDATES)
+    for number, options in enumerate(({"compression": "zstd"}, {"use_dictionary": False, "row_group_size": 1})):
+        path = f"{tmp_path}/{number}.parquet"
+        pq.write_table(table, path, **options)
+        assert digest(pq.read_table(path)) == digest(table)
+
+
+def test_a_zero_grade_is_kept_and_nulls_are_refused() -> None:
+    assert table_of([Qrel("1", "2", 0)], QRELS)["relevance"].to_pylist() == [0]
+    assert len(table_of([], QUERIES)) == 0 and table_of([], QUERIES).schema == QUERIES
+    with pytest.raises(pa.ArrowInvalid):
+        table_of([Candidate("1:1", None, None, None)], CANDIDATES).validate(full=True) or pq.write_table(  # type: ignore[arg-type]
+            table_of([Candidate("1:1", None, None, None)], CANDIDATES), pa.BufferOutputStream())  # type: ignore[arg-type]
