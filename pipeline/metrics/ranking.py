@@ -1,0 +1,149 @@
+"""Ranking metrics: one value per query, from the relevance found at each rank.
+
+Each public function of (judged, k) is a metric; its name is the metric's name in configurations, tables and
+files, and a new one needs nothing but to be written here. Definitions are those of trec_eval, and a value is
+exact to the last few digits of float64. A query without relevant candidates or without hits scores 0 and
+stays in the mean.
+
+Shapes: Q queries, K ranks, R relevant candidates of the query that has most. k cuts the run; None is its
+whole depth.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.metrics.judging import Judged, best_possible, judge
+from pipeline.metrics.order import order_run
+from pipeline.support.errors import UserError, nearest
+
+__all__ = ["Judged", "Metric", "best_possible", "evaluate", "judge", "known_metrics", "order_run",
+           "hit", "recall", "precision", "mrr", "map", "ndcg"]
+
+BLOCK_QUERIES = 1 << 14
+_ALIASES = {"success": "hit", "r": "recall", "p": "precision", "rr": "mrr", "recip_rank": "mrr", "ap": "map"}
+_SPELLING = re.compile(r"([a-z_]+)(?:@([1-9][0-9]{0,8}))?", re.IGNORECASE)
+
+
+def hit(judged: Judged, k: int | None = None) -> np.ndarray:
+    """1 if any of the first k candidates is relevant, else 0.
+
+    Also called success (trec_eval: success_k); UniIR and M-BEIR print this as "Recall@k".
+    """
+    return np.asarray(_is_relevant(judged, k).any(axis=1), np.float64)
+
+
+def recall(judged: Judged, k: int | None = None) -> np.ndarray:
+    """Relevant candidates among the first k, over all relevant candidates. trec_eval: recall_k.
+
+    Not what M-BEIR calls "Recall@k", which is `hit`; the two agree where a query has one relevant candidate.
+    """
+    return _ratio(_is_relevant(judged, k).sum(axis=1), judged.relevant_Q)
+
+
+def precision(judged: Judged, k: int | None = None) -> np.ndarray:
+    """Relevant candidates among the first k, over k, even where fewer were retrieved. trec_eval: P_k."""
+    depth = judged.depth if k is None else k
+    return np.asarray(_is_relevant(judged, k).sum(axis=1) / max(depth, 1))
+
+
+def mrr(judged: Judged, k: int | None = None) -> np.ndarray:
+    """1 / rank of the first relevant candidate, 0 if the first k hold none.
+
+    Reciprocal rank, trec_eval: recip_rank (which has no cut); its mean over queries is the mean reciprocal
+    rank.
+    """
+    is_relevant_QK = _is_relevant(judged, k)
+    if not is_relevant_QK.shape[1]:
+        return np.zeros(len(judged))
+    return np.asarray(is_relevant_QK.any(axis=1) / (is_relevant_QK.argmax(axis=1) + 1))
+
+
+def map(judged: Judged, k: int | None = None) -> np.ndarray:
+    """Sum of precision@rank over the ranks <= k of relevant candidates, over the number of all relevant ones.
+
+    Average precision, trec_eval: map and map_cut_k; its mean over queries is the mean average precision.
+    Libraries that divide by min(k, relevant) or by the relevant candidates that were found give higher
+    values.
+    """
+    is_relevant_QK = _is_relevant(judged, k)
+    rank_K = np.arange(1, is_relevant_QK.shape[1] + 1)
+    precision_QK = np.cumsum(is_relevant_QK, axis=1, dtype=np.int32) / rank_K
+    return _ratio((precision_QK * is_relevant_QK).sum(axis=1), judged.relevant_Q)
+
+
+def ndcg(judged: Judged, k: int | None = None) -> np.ndarray:
+    """DCG of the first k over DCG of the k most relevant ones; DCG = sum of relevance / log2(rank + 1).
+
+    The linear gain of Jarvelin and Kekalainen (2002) with the discount from rank 1 on; trec_eval:
+    ndcg_cut_k, and ndcg without k, whose ideal counts all relevant candidates, also those beyond the run's
+    depth. With a gain of 2^relevance - 1, as some libraries have it, graded judgements give other values.
+    """
+    return _ratio(_discounted(judged.gains_QK[:, :k]), _discounted(judged.ideal_QR[:, :k]))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric and where it cuts the run, written `hit@5`, or `map` for the run's whole depth."""
+
+    name: str
+    k: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Metric:
+        """Reads `hit@5`, in any case and under any alias (`success@5`, `nDCG@10`); UserError if unknown."""
+        spelling = _SPELLING.fullmatch(text.strip())
+        if not spelling:
+            raise UserError(f"'{text}' is not a metric", do="write name or name@k, k from 1 on, as in hit@5")
+        name = spelling[1].lower()
+        name, known = _ALIASES.get(name, name), known_metrics()
+        if name not in known:
+            advice = [nearest(name, [*known, *_ALIASES]), f"all metrics: {', '.join(known)}"]
+            raise UserError(f"metric '{spelling[1]}' is not known", do="\n".join(filter(None, advice)))
+        return cls(name, int(spelling[2]) if spelling[2] else None)
+
+    def __str__(self) -> str:
+        return self.name if self.k is None else f"{self.name}@{self.k}"
+
+    def __call__(self, judged: Judged) -> np.ndarray:
+        """float64 [Q]"""
+        return known_metrics()[self.name](judged, self.k)
+
+
+def known_metrics() -> dict[str, Callable[[Judged, int | None], np.ndarray]]:
+    """Every metric by name: the public functions of this module that take (judged, k)."""
+    return {name: function for name, function in globals().items()
+            if inspect.isfunction(function) and not name.startswith("_")
+            and list(inspect.signature(function).parameters) == ["judged", "k"]}
+
+
+def evaluate(judged: Judged, metrics: Sequence[Metric]) -> dict[str, np.ndarray]:
+    """float64 [Q] for each metric under its printed name; in blocks of queries, to hold little besides."""
+    values = {str(metric): np.zeros(len(judged)) for metric in metrics}
+    for first in range(0, len(judged), BLOCK_QUERIES):
+        block = judged.block(first, first + BLOCK_QUERIES)
+        for metric in metrics:
+            values[str(metric)][first:first + BLOCK_QUERIES] = metric(block)
+    return values
+
+
+def _is_relevant(judged: Judged, k: int | None) -> np.ndarray:
+    return judged.gains_QK[:, :k] > 0
+
+
+def _discounted(gains_QK: np.ndarray) -> np.ndarray:
+    """float64 [Q]: discounted cumulative gain; added in order of rank: an ideal run has exactly 1."""
+    query, place = np.nonzero(gains_QK)
+    return np.bincount(query, gains_QK[query, place] / np.log2(place + 2), minlength=len(gains_QK))
+
+
+def _ratio(part_Q: np.ndarray, whole_Q: np.ndarray) -> np.ndarray:
+    """float64 [Q]: part / whole, 0 where there is no whole."""
+    values_Q = np.zeros(len(whole_Q))
+    np.divide(part_Q, whole_Q, out=values_Q, where=whole_Q > 0)
+    return values_Q
