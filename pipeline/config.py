@@ -1,0 +1,270 @@
+"""One YAML and `key=value` pairs -> a checked, typed experiment that knows where each value came from.
+
+Merge order: configs/base.yaml, the named benchmark and encoders, the experiment, the command line. Every value is
+checked against dataclasses when it is merged; all mistakes are reported at once, with file and line and the
+nearest name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.benchmarks import Benchmark, Task
+from pipeline.encoders import load_encoder
+from pipeline.settings import Settings, TaskSettings
+from pipeline.support.errors import UserError, nearest
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_BASE = CONFIGS / "base.yaml"
+
+
+@dataclass(frozen=True)
+class EncoderChoice:
+    """An encoder of this experiment: its readable name, its module and the module's parameters."""
+
+    name: str
+    module: str
+    params: Any
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str
+    settings: Settings
+    benchmark: Benchmark
+    tasks: tuple[Task, ...]
+    encoders: tuple[EncoderChoice, ...]
+    resolved: Mapping[str, Any]
+    origins: Mapping[str, str]
+
+    @property
+    def work_dir(self) -> Path:
+        return Path(self.settings.work_dir)
+
+    @property
+    def directory(self) -> Path:
+        return self.work_dir / "experiments" / self.name
+
+    def members(self, pool: str, task: Task) -> tuple[str, ...]:
+        """Pools that a search of `pool` by `task` goes through: a union is always whole, whatever tasks are chosen."""
+        if pool == "local":
+            return (task.pool,)
+        return tuple(self.benchmark.pools if pool == "union" else self.settings.unions[pool])
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Values from one place, flat: dotted key -> (value, where it stands)."""
+
+    values: Mapping[str, tuple[Any, str]]
+
+
+def available(kind: str) -> list[str]:
+    """Names in configs/<kind>."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
+
+
+def find(kind: str, name: str) -> Path:
+    """The file of a named piece of configuration; a path to a YAML file is taken as it is."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"there is no file {name}")
+        return path
+    path = CONFIGS / kind / f"{name}.yaml"
+    if not path.is_file():
+        known = available(kind)
+        raise UserError(f"{kind[:-1]} '{name}' is not known", do="\n".join(
+            line for line in (nearest(name, known), f"all: {', '.join(known)} (or a path to a .yaml file)") if line))
+    return path
+
+
+def load(experiment: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of this name or path, with `key=value` overrides; UserError lists every mistake at once."""
+    path = find("experiments", experiment)
+    told = [_read(path), _command_line(overrides)]
+    chosen = {key: source.values[key] for source in told for key in ("benchmark", "encoders") if key in source.values}
+    for key in ("benchmark", "encoders"):
+        if key not in chosen:
+            raise UserError(f"the experiment names no {key}", str(path), f"add a line like: {key}: ...")
+    pieces = [_benchmark_piece(*chosen["benchmark"]), *(_encoder_pieces(*chosen["encoders"]))]
+    modules = {name: module for name, module, _ in pieces[1:]}
+    schema = _skeleton(Settings)
+    schema.encoders = {name: _skeleton(load_encoder(module).Params) for name, module in modules.items()}
+    schema.benchmark.tasks = {name: _skeleton(TaskSettings) for name in _task_names(pieces[0][2])}
+    origins = _merge(schema, [_read(_BASE), *(source for _, _, source in pieces), *told])
+    return _experiment(schema, path, modules, origins)
+
+
+def _skeleton(kind: type[Any]) -> DictConfig:
+    """A typed node with all its sections present and no values; open, because frozen dataclasses make read-only nodes."""
+    node = OmegaConf.structured(kind)
+    OmegaConf.set_readonly(node, False)
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            node[name] = _skeleton(hint)  # type: ignore[arg-type]
+        elif get_origin(hint) is dict and OmegaConf.is_missing(node, name):
+            node[name] = {}
+    return node
+
+
+def _read(path: Path, prefix: str = "") -> _Source:
+    try:
+        loaded = OmegaConf.load(path)
+        lines = dict(_lines(yaml.compose(path.read_text(), Loader=yaml.SafeLoader), prefix))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"not valid YAML: {getattr(error, 'problem', None) or error}", f"{path}:{mark.line + 1}" if mark else str(path)) from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError("a configuration file is a list of `key: value` lines", str(path))
+    plain = OmegaConf.to_container(loaded, resolve=False)
+    assert isinstance(plain, dict)
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return _Source({prefix + key: (value, f"{shown}:{lines.get(prefix + key, 1)}") for key, value in _leaves(plain)})
+
+
+def _lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield f"{prefix}{key.value}", key.start_mark.line + 1
+            yield from _lines(value, f"{prefix}{key.value}.")
+
+
+def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _command_line(overrides: Sequence[str]) -> _Source:
+    values: dict[str, tuple[Any, str]] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{override}' is not of the form key=value", "command line")
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
+        except (yaml.YAMLError, OmegaConfBaseException):
+            raise UserError(f"the value of '{override}' is not valid YAML", "command line", "quote it: 'key=[a, b]'") from None
+        leaves = _leaves(value, f"{key}.") if isinstance(value, dict) else [(key, value)]
+        values.update({leaf: (inner, "command line") for leaf, inner in leaves})
+    return _Source(values)
+
+
+def _benchmark_piece(name: Any, where: str) -> tuple[str, str, _Source]:
+    if not isinstance(name, str):
+        raise UserError("`benchmark` is a name in configs/benchmarks or a path", where)
+    path = find("benchmarks", name)
+    source = _read(path, "benchmark.")
+    return path.stem, "", _Source({"benchmark.name": (path.stem, where), **source.values})
+
+
+def _task_names(piece: _Source) -> list[str]:
+    return list(dict.fromkeys(key.split(".")[2] for key in piece.values if key.startswith("benchmark.tasks.")))
+
+
+def _encoder_pieces(names: Any, where: str) -> Iterator[tuple[str, str, _Source]]:
+    """Each encoder's name, module and parameters; a dotted name is the user's own module with its defaults."""
+    for name in [names] if isinstance(names, str) else names or []:
+        if "." in name and not name.endswith((".yaml", ".yml")):
+            yield name.replace(".", "_"), name, _Source({})
+            continue
+        path = find("encoders", name)
+        prefix = f"encoders.{path.stem}."
+        values = dict(_read(path, prefix).values)
+        if f"{prefix}encoder" not in values:
+            raise UserError("this file names no encoder module", str(path), "add a line like `encoder: open_clip`")
+        module, _ = values.pop(f"{prefix}encoder")
+        yield path.stem, module, _Source(values)
+
+
+def _merge(schema: DictConfig, sources: Sequence[_Source]) -> dict[str, str]:
+    """Put every value in its place, the last word wins; returns where each value came from."""
+    origins: dict[str, str] = {}
+    mistakes: list[UserError] = []
+    for source in sources:
+        for key, (value, where) in source.values.items():
+            if key in ("benchmark", "encoders"):
+                continue
+            try:
+                OmegaConf.update(schema, key, value, merge=False)
+                origins[key] = where
+            except OmegaConfBaseException as error:
+                mistakes.append(_mistake(schema, key, value, where, error))
+    if mistakes:
+        raise UserError("\n".join(str(mistake) for mistake in mistakes))
+    return origins
+
+
+def _mistake(schema: DictConfig, key: str, value: Any, where: str, error: Exception) -> UserError:
+    node: Any = schema
+    parts = key.split(".")
+    for depth, name in enumerate(parts):
+        if isinstance(node, DictConfig) and name not in node:
+            kind = f"an option of {'.'.join(parts[:depth])}" if depth else "an option"
+            known = [str(option) for option in node]
+            advice = [nearest(name, known), f"all: {', '.join(known)}"]
+            return UserError(f"'{name}' is not {kind}", where, "\n".join(line for line in advice if line))
+        node = node._get_node(name) if isinstance(node, DictConfig) else None
+    return UserError(f"{key}: {value!r} does not fit: {str(error).splitlines()[0]}", where)
+
+
+def _experiment(schema: DictConfig, path: Path, modules: Mapping[str, str], origins: Mapping[str, str]) -> Experiment:
+    try:
+        settings = OmegaConf.to_object(schema)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0], str(path)) from None
+    assert isinstance(settings, Settings)
+    benchmark = _benchmark(settings)
+    experiment = Experiment(
+        name=settings.name or path.stem, settings=settings, benchmark=benchmark, tasks=_tasks(settings, benchmark, path),
+        encoders=tuple(EncoderChoice(name, module, settings.encoders[name]) for name, module in modules.items()),
+        resolved=OmegaConf.to_container(schema, resolve=True), origins=origins)  # type: ignore[arg-type]
+    _check_pools(experiment, path)
+    return experiment
+
+
+def _benchmark(settings: Settings) -> Benchmark:
+    given, tasks = settings.benchmark, []
+    for name, task in given.tasks.items():
+        pool = (task.pool or name).replace("{split}", given.split)
+        tasks.append(Task(name, pool, tuple(task.cutoffs), task.headline))
+    return Benchmark(given.name, given.adapter, given.root, given.split, tuple(tasks), tuple(given.archives),
+                     tuple(given.trusted_roots), dict(given.options))
+
+
+def _tasks(settings: Settings, benchmark: Benchmark, path: Path) -> tuple[Task, ...]:
+    by_name = {task.name: task for task in benchmark.tasks}
+    for name in settings.tasks:
+        if name not in by_name:
+            raise UserError(f"benchmark {benchmark.name} has no task '{name}'", str(path), "\n".join(
+                line for line in (nearest(name, by_name), f"all: {', '.join(by_name)}") if line))
+    return tuple(by_name[name] for name in settings.tasks or by_name)
+
+
+def _check_pools(experiment: Experiment, path: Path) -> None:
+    known = {"local", "union", *experiment.settings.unions}
+    for name in experiment.settings.pools:
+        if name not in known:
+            raise UserError(f"'{name}' is neither local, union nor a name under `unions`", str(path), nearest(name, known))
+    for union, members in experiment.settings.unions.items():
+        for member in members:
+            if member not in experiment.benchmark.pools:
+                raise UserError(f"union '{union}': there is no pool '{member}'", str(path), nearest(member, experiment.benchmark.pools))
+
+
+T = TypeVar("T")
+
+
+def part(settings: Any, kind: type[T]) -> T:
+    """The fields of `kind` (a stage's Params or Runtime) out of the settings of its section."""
+    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})  # type: ignore[arg-type]

@@ -1,0 +1,58 @@
+"""Encoders: one file per model family. The file name is the registry.
+
+An encoder is a module (its top level free of torch, so that planning stays instant) with
+
+    Params                               frozen dataclass: all that may change the vectors
+    identity(params) -> dict             what the fingerprint sees: content hashes, never names or paths
+    build(params, device, precision)     -> an Encoder
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from pipeline.support.plugins import load_plugin
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is encoded into one vector. `text` is the final text, its instruction included.
+
+    `instruction` and `bare_text` are the same text in two parts, for encoders with a template of their own.
+    """
+
+    text: str | None
+    image: Image | None
+    instruction: str | None = None
+    bare_text: str | None = None
+
+
+class Encoder(Protocol):
+    """Items in, one vector per item out, one space for all modalities."""
+
+    dimension: int
+    modalities: frozenset[str]
+
+    def prepare(self, item: Item) -> Any:
+        """Decode, resize, tokenise: runs in loader processes; the result is picklable."""
+
+    def encode(self, batch: Sequence[Any]) -> np.ndarray:
+        """float32 [B, D], one row per prepared item in order, not normalised."""
+
+
+class EncoderModule(Protocol):
+    Params: type[Any]
+
+    def identity(self, params: Any) -> dict[str, Any]: ...
+    def build(self, params: Any, device: str, precision: str) -> Encoder: ...
+
+
+def load_encoder(name: str) -> EncoderModule:
+    """The module `pipeline/encoders/<name>.py`, or a user's own module under a dotted path."""
+    return cast(EncoderModule, load_plugin("encoder", "pipeline.encoders", name))

@@ -1,0 +1,227 @@
+"""An experiment -> the jobs of every stage, what of them is on disk already, and why the rest must run.
+
+Nothing is computed here and torch is never imported. What comes after `collect` is known by the content of the
+collected tables, so until a table is there, the jobs that depend on it are counted as waiting.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pipeline.artifacts import Artifact, Identity, Params, read_manifest
+from pipeline.benchmarks import Task, load_adapter
+from pipeline.config import EncoderChoice, Experiment, part
+from pipeline.encoders import load_encoder
+from pipeline.images import ImageStore
+from pipeline.metrics.ranking import Metric
+from pipeline.stages import STAGES, collect, embed, index, retrieve, score
+from pipeline.support.errors import UserError
+
+MODULES: Mapping[str, ModuleType] = {"collect": collect, "embed": embed, "index": index, "retrieve": retrieve, "score": score}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One number-bearing cell of the final table: an encoder, a task and the pool it searched."""
+
+    encoder: str
+    task: Task
+    pool: str
+    job: score.Job
+
+
+@dataclass
+class Plan:
+    """Jobs by stage in the order they run; `waiting` names jobs whose identity is not known yet."""
+
+    experiment: Experiment
+    jobs: dict[str, list[Any]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
+    waiting: dict[str, list[str]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
+    scored: list[Scored] = field(default_factory=list)
+
+    def artifacts(self) -> list[Artifact]:
+        return [job.artifact for stage in STAGES for job in self.jobs[stage]]
+
+    def missing_units(self, job: Any, stage: str) -> list[str]:
+        if job.artifact.is_complete():
+            return []
+        present = job.artifact.present()
+        return [unit for unit in MODULES[stage].units(job) if unit not in present]
+
+    def is_done(self, stage: str) -> bool:
+        return not self.waiting[stage] and all(job.artifact.is_complete() for job in self.jobs[stage])
+
+
+def make_plan(experiment: Experiment) -> Plan:
+    return _Planner(experiment).plan()
+
+
+class _Planner:
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+        self.settings = experiment.settings
+        self.root = experiment.work_dir / "artifacts"
+        self.result = Plan(experiment)
+        self.adapter = load_adapter(experiment.benchmark.adapter)
+        self.known: dict[str, Any] = {}
+        self.identities: dict[str, dict[str, Any]] = {}
+
+    @cached_property
+    def images(self) -> ImageStore:
+        benchmark = self.experiment.benchmark
+        return ImageStore(Path(benchmark.root), benchmark.archives, benchmark.trusted_roots, self.experiment.work_dir / "cache")
+
+    def plan(self) -> Plan:
+        """The whole graph: each encoder, each task, each pool it searches."""
+        for task in self.experiment.tasks:
+            self.collect_task(task)
+        for encoder in self.experiment.encoders:
+            for task in self.experiment.tasks:
+                for pool in self.settings.pools:
+                    self.search(encoder, task, pool)
+        return self.result
+
+    def artifact(self, stage: str, name: str, params: Params, inputs: Mapping[str, str]) -> Artifact:
+        return Artifact(self.root, name, Identity(stage, MODULES[stage].VERSION, params, inputs))
+
+    def add(self, stage: str, job: Any) -> Any:
+        """The job, or an equal one that is in the plan already: pools are shared by tasks."""
+        known = self.known.setdefault(job.artifact.label, job)
+        if known is job:
+            self.result.jobs[stage].append(job)
+        return known
+
+    def wait(self, stage: str, name: str) -> None:
+        if name not in self.result.waiting[stage]:
+            self.result.waiting[stage].append(name)
+
+    def collect_pool(self, pool: str) -> collect.PoolJob | None:
+        benchmark = self.experiment.benchmark
+        artifact = self.collected(f"{benchmark.name}.pool.{pool}", self.adapter.pool_sources(benchmark, pool))
+        return artifact and self.add("collect", collect.PoolJob(artifact, benchmark, pool, self.images))
+
+    def collect_task(self, task: Task) -> collect.TaskJob | None:
+        benchmark = self.experiment.benchmark
+        artifact = self.collected(f"{benchmark.name}.{task.name}", self.adapter.task_sources(benchmark, task))
+        return artifact and self.add("collect", collect.TaskJob(artifact, benchmark, task, self.images))
+
+    def collected(self, name: str, sources: list[Path]) -> Artifact | None:
+        """Source files enter by path under the root, size and time: that is quick, and enough to look again."""
+        root = Path(self.experiment.benchmark.root)
+        try:
+            states = {path: path.stat() for path in sources}
+        except FileNotFoundError:
+            self.wait("collect", name)
+            return None
+        inputs = {os.path.relpath(path, root): f"{state.st_size}:{state.st_mtime_ns}" for path, state in states.items()}
+        return self.artifact("collect", name, part(self.settings.collect, collect.Params), inputs)
+
+    def audited(self, task: Task, pool: str, tables: Tables | None) -> Artifact | None:
+        name = f"{self.experiment.benchmark.name}.{task.name}.{pool}.audit"
+        if tables is None:
+            self.wait("collect", name)
+            return None
+        params = collect.AuditParams(self.metrics(task))
+        artifact = self.artifact("collect", name, params, tables.digests)
+        job: collect.AuditJob = self.add("collect", collect.AuditJob(artifact, tables.task, tables.pools))
+        return job.artifact
+
+    def metrics(self, task: Task) -> tuple[str, ...]:
+        """Every metric of a task, each once: the ones at its cutoffs, its headline, those over the whole run."""
+        chosen = self.settings.score
+        names = [f"{name}@{cutoff}" for name in chosen.cutoff_metrics for cutoff in task.cutoffs] + [task.headline, *chosen.metrics]
+        parsed = [Metric.parse(name) for name in names]
+        for metric in parsed:
+            if metric.k is not None and metric.k > self.settings.retrieve.depth:
+                raise UserError(f"{metric} needs {metric.k} candidates per query, retrieve.depth is {self.settings.retrieve.depth}",
+                                f"task {task.name}", f"set retrieve.depth={metric.k} or more")
+        return tuple(dict.fromkeys(str(metric) for metric in parsed))
+
+    def search(self, encoder: EncoderChoice, task: Task, pool: str) -> None:
+        """One cell of the final table: embed the task and the pool's members, index them, retrieve, score."""
+        tables = self.tables(task, self.experiment.members(pool, task))
+        audit = self.audited(task, pool, tables)
+        names = [f"{encoder.name}.{task.name}", *(f"{encoder.name}.pool.{name}" for name in self.experiment.members(pool, task))]
+        if tables is None or audit is None:
+            for stage, waiting in (("embed", names), ("index", names[1:]), ("retrieve", [f"{names[0]}.{pool}"]), ("score", [f"{names[0]}.{pool}"])):
+                for name in waiting:
+                    self.wait(stage, name)
+            return
+        queries = self.embed(encoder, names[0], tables.task, self.settings.embed.instruction)
+        members = tuple(self.member(encoder, name, table) for name, table in zip(names[1:], tables.pools))
+        run = self.retrieve(f"{names[0]}.{pool}", queries, members)
+        self.score(encoder, task, pool, run, tables, audit)
+
+    def tables(self, task: Task, members: tuple[str, ...]) -> Tables | None:
+        """The collected tables a search needs, or None while one of them is not on disk."""
+        jobs = [self.collect_task(task), *(self.collect_pool(name) for name in members)]
+        if any(job is None or not job.artifact.is_complete() for job in jobs):
+            return None
+        return Tables([job.artifact for job in jobs if job is not None])
+
+    def embed(self, encoder: EncoderChoice, name: str, table: Artifact, instruction: str) -> embed.Job:
+        chosen = self.settings.embed
+        params = embed.Params(self.identity(encoder), chosen.precision, chosen.storage, instruction)
+        artifact = self.artifact("embed", name, params, {"table": manifest_of(table.directory)["digest"]})
+        job: embed.Job = self.add("embed", embed.Job(artifact, table, encoder.module, encoder.params, self.images))
+        return job
+
+    def identity(self, encoder: EncoderChoice) -> dict[str, Any]:
+        if encoder.name not in self.identities:
+            found = load_encoder(encoder.module).identity(encoder.params)
+            self.identities[encoder.name] = {"module": encoder.module, **found}
+        return self.identities[encoder.name]
+
+    def member(self, encoder: EncoderChoice, name: str, table: Artifact) -> retrieve.Member:
+        embedded = self.embed(encoder, name, table, "")
+        params = part(self.settings.index, index.Params)
+        artifact = self.artifact("index", f"{name}.{slug(params.factory)}", params, {"embeddings": embedded.artifact.fingerprint})
+        self.add("index", index.Job(artifact, embedded.artifact))
+        return retrieve.Member(embedded.artifact, artifact, "" if params.is_exact else index.FAISS)
+
+    def retrieve(self, name: str, queries: embed.Job, members: tuple[retrieve.Member, ...]) -> retrieve.Job:
+        inputs = {"queries": queries.artifact.fingerprint}
+        inputs.update({f"index {member.index.name}": member.index.fingerprint for member in members})
+        params = part(self.settings.retrieve, retrieve.Params)
+        artifact = self.artifact("retrieve", f"{name}.{slug(self.settings.index.factory)}", params, inputs)
+        job: retrieve.Job = self.add("retrieve", retrieve.Job(artifact, queries.artifact, len(queries.shards), members))
+        return job
+
+    def score(self, encoder: EncoderChoice, task: Task, pool: str, run: retrieve.Job, tables: Tables, audit: Artifact) -> None:
+        chosen = self.settings.score
+        params = score.Params(self.metrics(task), task.headline, chosen.confidence, chosen.resamples, chosen.seed)
+        inputs = {"run": run.artifact.fingerprint, **tables.digests}
+        artifact = self.artifact("score", run.artifact.name, params, inputs)
+        job = self.add("score", score.Job(artifact, run.artifact, tables.task, tables.pools, audit))
+        self.result.scored.append(Scored(encoder.name, task, pool, job))
+
+
+class Tables:
+    """Complete tables of one search: a task's and its pools', known downstream by the digests of their content."""
+
+    def __init__(self, artifacts: list[Artifact]):
+        self.task, self.pools = artifacts[0], tuple(artifacts[1:])
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        task = manifest_of(self.task.directory)
+        pools = {f"pool {pool.name}": manifest_of(pool.directory)["digest"] for pool in self.pools}
+        return {"queries": task["digest"], "qrels": task["qrels_digest"], **pools}
+
+
+@lru_cache(maxsize=4096)
+def manifest_of(directory: Path) -> dict[str, Any]:
+    """The manifest of a complete artifact; read once, because it never changes."""
+    return read_manifest(directory)
+
+
+def slug(factory: str) -> str:
+    """An index factory string as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "_", factory.lower()).strip("_")

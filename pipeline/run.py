@@ -1,0 +1,77 @@
+"""run: all stages in order, then the table, the exports and whatever log the user asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import yaml
+
+from pipeline.artifacts import atomic_path
+from pipeline.config import Experiment
+from pipeline.plan import Plan, make_plan
+from pipeline.reasons import record
+from pipeline.report.export import export
+from pipeline.report.tables import markdown_table, score_rows, terminal_table
+from pipeline.report.tracking import Tracker
+from pipeline.stages import STAGES
+from pipeline.status import warnings_of
+from pipeline.support.errors import NotReady
+from pipeline.workers import Outcome, num_workers, run_embed_processes, run_stage
+
+Say = Callable[..., Any]
+
+
+def run_experiment(experiment: Experiment, command: Sequence[str], say: Say) -> dict[str, Any]:
+    """Make everything that is missing; returns what `run --json` prints."""
+    _write_config(experiment)
+    outcomes: list[Outcome] = []
+    with Tracker(experiment) as tracker:
+        for stage in STAGES:
+            outcome = _run_stage(experiment, stage, command)
+            outcomes.append(outcome)
+            say(describe(outcome))
+            tracker.stage(outcome.stage, outcome.rate, outcome.seconds, outcome.made)
+        plan = make_plan(experiment)
+        record(plan)
+        rows = score_rows(plan)
+        exported = export(plan)
+        report = experiment.directory / "report" / "tables.md"
+        with atomic_path(report) as path:
+            path.write_text(markdown_table(rows, experiment, warnings_of(plan)))
+        tracker.scores(rows)
+    if not any(outcome.made for outcome in outcomes):
+        say("nothing to do: everything was there already")
+    say(terminal_table(rows, experiment, warnings_of(plan)))
+    say(f"table      {report}")
+    if exported:
+        say(f"results    {experiment.directory / 'retrieval_results'}")
+    return {"stages": [vars(outcome) for outcome in outcomes], **scores(plan)}
+
+
+def _run_stage(experiment: Experiment, stage: str, command: Sequence[str]) -> Outcome:
+    workers = num_workers(experiment) if stage == "embed" else 1
+    return run_embed_processes(experiment, ["embed", *command], workers) if workers > 1 else run_stage(experiment, stage)
+
+
+def _write_config(experiment: Experiment) -> None:
+    with atomic_path(experiment.directory / "config.yaml") as path:
+        path.write_text(yaml.safe_dump(dict(experiment.resolved), sort_keys=False))
+
+
+def describe(outcome: Outcome) -> str:
+    """One line on what a stage did."""
+    if not outcome.made:
+        return f"{outcome.stage:<9}  {outcome.found:>5} there already"
+    there = f", {outcome.found} there already" if outcome.found else ""
+    return (f"{outcome.stage:<9}  {outcome.made:>5} made{there}  {outcome.rows:>9,} rows  {outcome.rate:>7,.0f}/s  "
+            f"{outcome.seconds:>5.1f} s")
+
+
+def scores(plan: Plan) -> dict[str, Any]:
+    """Every score of the experiment as plain values; NotReady if one is missing."""
+    if not plan.is_done("score"):
+        raise NotReady("not everything is scored yet")
+    return {"experiment": plan.experiment.name, "scores": [
+        {"encoder": scored.encoder, "task": scored.task.name, "pool": scored.pool, "artifact": scored.job.artifact.label,
+         **scored.job.artifact.manifest()["scores"]} for scored in plan.scored], "warnings": warnings_of(plan)}

@@ -1,0 +1,124 @@
+"""The shape of a configuration: every option and its type. Values live in configs/base.yaml.
+
+(Only what a benchmark's file may leave out has its default here.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional
+
+from pipeline.stages import collect, embed, index, retrieve
+from pipeline.support.errors import UserError, nearest
+
+FORMATS = ("trec", "tsv", "jsonl")
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    headline: str
+    pool: Optional[str] = None
+    cutoffs: List[int] = field(default_factory=lambda: [1, 5, 10])
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    name: str
+    adapter: str
+    root: str
+    split: str
+    tasks: Dict[str, TaskSettings]
+    archives: List[str] = field(default_factory=list)
+    trusted_roots: List[str] = field(default_factory=list)
+    options: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CollectSettings(collect.Params, collect.Runtime):
+    def __post_init__(self) -> None:
+        _at_least("collect.rows_per_shard", self.rows_per_shard, 1)
+
+
+@dataclass(frozen=True)
+class EmbedSettings(embed.Runtime):
+    precision: str
+    storage: str
+    instruction: str
+
+    def __post_init__(self) -> None:
+        _one_of("embed.precision", self.precision, embed.PRECISIONS)
+        _one_of("embed.storage", self.storage, embed.STORAGES)
+        _one_of("embed.instruction", self.instruction, embed.RULES)
+        _at_least("embed.batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True)
+class IndexSettings(index.Params):
+    pass
+
+
+@dataclass(frozen=True)
+class RetrieveSettings(retrieve.Params, retrieve.Runtime):
+    def __post_init__(self) -> None:
+        _one_of("retrieve.coarse", self.coarse, retrieve.COARSE)
+        _at_least("retrieve.depth", self.depth, 1)
+        _at_least("retrieve.queries_per_pass", self.queries_per_pass, 1)
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    cutoff_metrics: List[str]
+    metrics: List[str]
+    confidence: float
+    resamples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    formats: List[str]
+    depth: int
+
+    def __post_init__(self) -> None:
+        for name in self.formats:
+            _one_of("export.formats", name, FORMATS)
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    workers: int
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    wandb: Optional[str]
+
+
+@dataclass(frozen=True)
+class Settings:
+    name: Optional[str]
+    work_dir: str
+    benchmark: BenchmarkSettings
+    encoders: Dict[str, Any]
+    pools: List[str]
+    tasks: List[str]
+    unions: Dict[str, List[str]]
+    collect: CollectSettings
+    embed: EmbedSettings
+    index: IndexSettings
+    retrieve: RetrieveSettings
+    score: ScoreSettings
+    export: ExportSettings
+    local: LocalSettings
+    log: LogSettings
+
+
+def _one_of(key: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise UserError(f"{key}: '{value}' is not one of {', '.join(known)}", do=nearest(value, known))
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{key} is {value}; it must be at least {least}")

@@ -1,0 +1,138 @@
+"""Killed anywhere, continued with another number of workers: the bytes are those of an uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Experiment, load
+from pipeline.plan import MODULES, make_plan
+from pipeline.stages import STAGES
+
+SEED = 7
+KILLS = {"collect": 12, "embed": 20, "index": 6, "retrieve": 12, "score": 10}
+
+
+class Forks:
+    """Handle of tests/fork_server.py."""
+
+    def __init__(self, server: subprocess.Popen[str]):
+        self.server = server
+        assert self._answer() == "ready"
+
+    def start(self, arguments: list[str]) -> int:
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps(arguments) + "\n")
+        self.server.stdin.flush()
+        return int(self._answer())
+
+    def _answer(self) -> str:
+        assert self.server.stdout is not None
+        return self.server.stdout.readline().strip()
+
+
+@contextmanager
+def fork_server() -> Iterator[Forks]:
+    with subprocess.Popen([sys.executable, str(Path(__file__).with_name("fork_server.py"))], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent))) as server:
+        try:
+            yield Forks(server)
+        finally:
+            server.terminate()
+
+
+def contents(experiment: Experiment) -> dict[str, bytes]:
+    """Every artifact file by relative path; without temporaries, and without made.json, which tells time and host."""
+    root = experiment.work_dir / "artifacts"
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*"))
+            if path.is_file() and not path.name.startswith(".") and path.name != "made.json"}
+
+
+def num_files(experiment: Experiment, stage: str) -> int:
+    return sum(len(files) for _, _, files in os.walk(experiment.work_dir / "artifacts" / stage))
+
+
+def alive(group: int) -> bool:
+    with suppress(ProcessLookupError):
+        os.killpg(group, 0)
+        return True
+    return False
+
+
+def kill(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    while alive(group):
+        time.sleep(0.002)
+
+
+def work_and_be_killed(forks: Forks, experiment: Experiment, arguments: list[str], stage: str, chance: random.Random) -> bool:
+    """Start one to three workers, kill all of them soon after some files (temporaries count) appeared; were they alive?"""
+    count, target = chance.randint(1, 3), num_files(experiment, stage) + chance.randint(1, 6)
+    groups = [forks.start([stage, "quickstart", *arguments, "--worker", f"{number}/{count}"]) for number in range(count)]
+    while num_files(experiment, stage) < target and any(alive(group) for group in groups):
+        time.sleep(0.002)
+    time.sleep(chance.random() * 0.03)
+    interrupted = any(alive(group) for group in groups)
+    for group in groups:
+        kill(group)
+    return interrupted
+
+
+def finish(forks: Forks, arguments: list[str], stage: str) -> None:
+    group = forks.start([stage, "quickstart", *arguments])
+    while alive(group):
+        time.sleep(0.01)
+
+
+@pytest.mark.timeout(900)
+def test_killed_at_random_moments_in_every_stage(quick_run: Experiment, small_arguments: list[str], tmp_path: Path,
+                                                 record_property: object, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [f"work_dir={tmp_path}", *small_arguments]
+    experiment, chance, kills = load("quickstart", arguments), random.Random(SEED), Counter[str]()
+    with fork_server() as forks:
+        for stage in STAGES:
+            while kills[stage] < KILLS[stage] and not _is_done(experiment, stage):
+                kills[stage] += work_and_be_killed(forks, experiment, arguments, stage, chance)
+            finish(forks, arguments, stage)
+            assert _is_done(experiment, stage), f"{stage} did not finish after {kills[stage]} kills"
+    assert all(kills[stage] for stage in STAGES), kills
+    expected, found = contents(quick_run), contents(experiment)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+    with capsys.disabled():
+        print(f"\n{sum(kills.values())} kills: {dict(kills)}; {len(found)} files equal byte for byte", end="")
+
+
+def _is_done(experiment: Experiment, stage: str) -> bool:
+    return make_plan(experiment).is_done(stage)
+
+
+def test_one_deleted_shard_is_made_again_and_nothing_else(quick_run: Experiment, small_arguments: list[str], tmp_path: Path) -> None:
+    """On a copy of a finished run: the shard comes back with its old bytes, no other file is written."""
+    subprocess.run(["cp", "-r", f"{quick_run.work_dir}/.", str(tmp_path)], check=True)
+    experiment = load("quickstart", [f"work_dir={tmp_path}", *small_arguments])
+    before = contents(experiment)
+    plan = make_plan(experiment)
+    job = max(plan.jobs["embed"], key=lambda job: len(MODULES["embed"].units(job)))
+    shard = job.artifact.path(MODULES["embed"].units(job)[1])
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet") if path != shard}
+    shard.unlink()
+    job.artifact.path("manifest.json").unlink()
+    from pipeline.workers import run_stage
+    outcomes = [run_stage(experiment, stage) for stage in STAGES]
+    assert [outcome.made for outcome in outcomes] == [0, 1, 0, 0, 0]
+    assert contents(experiment) == before
+    assert {path: path.stat().st_mtime_ns for path in times} == times
