@@ -53,6 +53,9 @@ class EncoderModule(Protocol):
     def build(self, params: Any, device: str, precision: str) -> Encoder: ...
 
 
+REQUIRES = ("Params", "identity", "build")
+
+
 def load_encoder(name: str) -> EncoderModule:
     """The module `pipeline/encoders/<name>.py`, or a user's own module under a dotted path."""
-    return cast(EncoderModule, load_plugin("encoder", "pipeline.encoders", name))
+    return cast(EncoderModule, load_plugin("encoder", "pipeline.encoders", name, REQUIRES))
