@@ -62,7 +62,10 @@ class Adapter(Protocol):
     def candidate_modality(self, benchmark: Benchmark, task: Task) -> str | None: ...
 
 
+REQUIRES = ("prepare", "task_sources", "pool_sources", "queries", "candidates", "qrels", "candidate_modality")
+
+
 def load_adapter(name: str) -> Adapter:
     """The adapter `pipeline/benchmarks/<name>.py`, or a user's own module under a dotted path."""
-    module: ModuleType = load_plugin("benchmark adapter", "pipeline.benchmarks", name)
+    module: ModuleType = load_plugin("benchmark adapter", "pipeline.benchmarks", name, REQUIRES)
     return cast(Adapter, module)

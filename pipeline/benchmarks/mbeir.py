@@ -79,7 +79,7 @@ def candidates(benchmark: Benchmark, pool: str) -> Iterator[Candidate]:
 
 
 def qrels(benchmark: Benchmark, task: Task) -> Iterator[Qrel]:
-    """The task's judgements, from TREC's four columns or M-BEIR's five (the fifth is the task of the query).
+    """The task's judgements; the fifth of M-BEIR's columns is the task of the query.
 
     A file of test or val is that of one task and is read whole; one of train holds all tasks of a data set.
     Grades stay as they are. Relevant candidates outside the pool (OVEN and InfoSeek have them) and judgements
@@ -180,17 +180,16 @@ def _query_rows(benchmark: Benchmark, task: Task) -> Iterator[Row]:
 
 def _train_tasks(benchmark: Benchmark, task: Task) -> dict[str, int]:
     """Query id -> number of its task: its own task_id, or else the fifth column of its first judgement."""
-    judged: dict[str, int | None] = {}
-    for qrel, task_id in judgements(_qrels_path(benchmark, task.name)):
-        judged.setdefault(qrel.query_id, task_id)
-    tasks = {query_id: task_id for query_id, task_id in judged.items() if task_id is not None}
+    tasks: dict[str, int] = {}
+    for qrel, judged_task in judgements(_qrels_path(benchmark, task.name)):
+        tasks.setdefault(qrel.query_id, judged_task)
     for row in json_rows(_query_path(benchmark, task.name)):
         query_id, task_id = row.identifier("qid"), task_number(row)
         if task_id is not None:
             tasks[query_id] = task_id
         elif query_id not in tasks:
             raise row.error("the task of this query is not known",
-                            "give it a task_id, or its judgements a fifth column")
+                            "give it a task_id, or a judgement in the qrels")
     return tasks
 
 

@@ -59,16 +59,16 @@ def listed(row: Row, key: str) -> list[str]:
     return names
 
 
-def judgements(path: Path) -> Iterator[tuple[Qrel, int | None]]:
-    """The lines of a qrels file, each with the number of its task if there is a fifth column."""
+def judgements(path: Path) -> Iterator[tuple[Qrel, int]]:
+    """The lines of a qrels file, each with the number of its task: M-BEIR has five columns where TREC has four."""
     for line, text in text_lines(path):
         columns = text.split()
-        if len(columns) not in (4, 5):
-            raise UserError(f"4 or 5 columns are expected, not {len(columns)}", f"{path}:{line}")
+        if len(columns) != 5:
+            raise UserError(f"a line of M-BEIR's qrels has 5 columns, not {len(columns)}", f"{path}:{line}",
+                            "they are: query id, 0, candidate id, relevance, task id")
         if not all(map(_INTEGER.fullmatch, columns[3:])):
             raise UserError(f"whole numbers are expected, not {' '.join(columns[3:])}", f"{path}:{line}")
-        task = int(columns[4]) if len(columns) == 5 else None
-        yield Qrel(columns[0], columns[2], int(columns[3])), task
+        yield Qrel(columns[0], columns[2], int(columns[3])), int(columns[4])
 
 
 def read_prompts(path: Path) -> dict[Key, list[str]]:

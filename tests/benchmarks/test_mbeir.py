@@ -254,15 +254,15 @@ def test_rows_stream(root: Path) -> None:
 
 def test_qrels_keep_grades_strangers_and_every_row_of_a_tasks_own_file(root: Path) -> None:
     path = root / "qrels/test/mbeir_webqa_task2_test_qrels.txt"
-    write(path, "2:1 0 2:9 1 2", "2:1\t0\t3:9\t0\t2\r", "", "  2:4 Q0 2:8 -2", "2:5 0 2:7 3 1")
+    write(path, "2:1 0 2:9 1 2", "2:1\t0\t3:9\t0\t2\r", "", "  2:4 Q0 2:8 -2 2", "2:5 0 2:7 3 1")
     assert list(mbeir.qrels(benchmark(root), WEBQA)) == [
         Qrel("2:1", "2:9", 1), Qrel("2:1", "3:9", 0), Qrel("2:4", "2:8", -2), Qrel("2:5", "2:7", 3)]
 
 
 @pytest.mark.parametrize("message, row", [
     ("not 3", "2:1 0 2:9"), ("not 6", "2:1 0 2:9 1 2 x"), ("not 1", "{}"), ("not yes 2", "2:1 0 2:9 yes 2"),
-    ("not 1.0 2", "2:1 0 2:9 1.0 2"), ("not 1_0", "2:1 0 2:9 1_0"), ("not 1 two", "2:1 0 2:9 1 two"),
-    ("not 99999999999", "2:1 0 2:9 99999999999"), ("not UTF-8", b"2:1 0 2:\xff 1")])
+    ("not 1.0 2", "2:1 0 2:9 1.0 2"), ("not 1_0", "2:1 0 2:9 1_0 2"), ("not 4", "2:1 0 2:9 1"), ("not 1 two", "2:1 0 2:9 1 two"),
+    ("not 99999999999", "2:1 0 2:9 99999999999 2"), ("not UTF-8", b"2:1 0 2:\xff 1 2")])
 def test_broken_qrels_are_refused_by_file_and_line(root: Path, message: str, row: str | bytes) -> None:
     path = write(root / "qrels/test/mbeir_webqa_task2_test_qrels.txt", "2:1 0 2:9 1 2", row)
     refused(message, f"{path}:2", mbeir.qrels(benchmark(root), WEBQA))
@@ -279,7 +279,7 @@ def train_tree(root: Path, queries: list[dict[str, Any]], judgements: list[str])
 
 
 TASKS_GIVEN: dict[str, tuple[list[int | None], list[str]]] = {
-    "in queries": ([1, 2, 1], ["2:1 0 2:1 1", "2:2 0 2:2 1", "2:1 0 5:7 1", "2:3 0 2:3 1"]),
+    "in queries": ([1, 2, 1], ["2:1 0 2:1 1 2", "2:2 0 2:2 1 1", "2:1 0 5:7 1 2", "2:3 0 2:3 1 2"]),
     "in qrels": ([None] * 3, ["2:1 0 2:1 1 1", "2:2 0 2:2 1 2", "2:1 0 5:7 1 2", "2:3 0 2:3 1 1"]),
     "in both": ([1, 2, None], ["2:1 0 2:1 1 1", "2:2 0 2:2 1 2", "2:1 0 5:7 1 1", "2:3 0 2:3 1 1"]),
 }
@@ -303,7 +303,7 @@ def test_train_is_parted_by_the_task_of_the_query(tmp_path: Path, place: str) ->
 
 
 def test_a_train_query_of_no_known_task_is_refused(tmp_path: Path) -> None:
-    train_tree(tmp_path, [query("2:1", "a", task_id=1), query("2:2", "b")], ["2:2 0 2:1 1"])
+    train_tree(tmp_path, [query("2:1", "a", task_id=1), query("2:2", "b")], ["2:1 0 2:1 1 1"])
     train = benchmark(tmp_path, split="train")
     for rows in (mbeir.queries, mbeir.qrels):
         refused("the task of this query is not known", f"{tmp_path}/query/train/mbeir_webqa_train.jsonl:2",
@@ -311,7 +311,7 @@ def test_a_train_query_of_no_known_task_is_refused(tmp_path: Path) -> None:
 
 
 def test_judgements_of_unknown_train_queries_are_left_for_the_audit(tmp_path: Path) -> None:
-    train_tree(tmp_path, [query("2:1", "a", task_id=1)], ["2:1 0 2:1 1", "2:99 0 2:1 1"])
+    train_tree(tmp_path, [query("2:1", "a", task_id=1)], ["2:1 0 2:1 1 1", "2:99 0 2:1 1 1"])
     train = benchmark(tmp_path, split="train")
     assert [row.query_id for row in mbeir.qrels(train, task("webqa_task1"))] == ["2:1", "2:99"]
 
