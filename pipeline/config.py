@@ -12,13 +12,13 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.benchmarks import Benchmark, Task
 from pipeline.encoders import load_encoder
 from pipeline.settings import Settings, TaskSettings
+from pipeline.sources import Source, read_command_line, read_file
 from pipeline.support.errors import UserError, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -59,13 +59,6 @@ class Experiment:
         return tuple(self.benchmark.pools if pool == "union" else self.settings.unions[pool])
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Values from one place, flat: dotted key -> (value, where it stands)."""
-
-    values: Mapping[str, tuple[Any, str]]
-
-
 def available(kind: str) -> list[str]:
     """Names in configs/<kind>."""
     return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
@@ -89,7 +82,7 @@ def find(kind: str, name: str) -> Path:
 def load(experiment: str, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of this name or path, with `key=value` overrides; UserError lists every mistake at once."""
     path = find("experiments", experiment)
-    told = [_read(path), _command_line(overrides)]
+    told = [read_file(path), read_command_line(overrides)]
     chosen = {key: source.values[key] for source in told for key in ("benchmark", "encoders") if key in source.values}
     for key in ("benchmark", "encoders"):
         if key not in chosen:
@@ -99,7 +92,7 @@ def load(experiment: str, overrides: Sequence[str] = ()) -> Experiment:
     schema = _skeleton(Settings)
     schema.encoders = {name: _skeleton(load_encoder(module).Params) for name, module in modules.items()}
     schema.benchmark.tasks = {name: _skeleton(TaskSettings) for name in _task_names(pieces[0][2])}
-    origins = _merge(schema, [_read(_BASE), *(source for _, _, source in pieces), *told])
+    origins = _merge(schema, [read_file(_BASE), *(source for _, _, source in pieces), *told])
     return _experiment(schema, path, modules, origins)
 
 
@@ -115,79 +108,34 @@ def _skeleton(kind: type[Any]) -> DictConfig:
     return node
 
 
-def _read(path: Path, prefix: str = "") -> _Source:
-    try:
-        loaded = OmegaConf.load(path)
-        lines = dict(_lines(yaml.compose(path.read_text(), Loader=yaml.SafeLoader), prefix))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"not valid YAML: {getattr(error, 'problem', None) or error}", f"{path}:{mark.line + 1}" if mark else str(path)) from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError("a configuration file is a list of `key: value` lines", str(path))
-    plain = OmegaConf.to_container(loaded, resolve=False)
-    assert isinstance(plain, dict)
-    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return _Source({prefix + key: (value, f"{shown}:{lines.get(prefix + key, 1)}") for key, value in _leaves(plain)})
-
-
-def _lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield f"{prefix}{key.value}", key.start_mark.line + 1
-            yield from _lines(value, f"{prefix}{key.value}.")
-
-
-def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _command_line(overrides: Sequence[str]) -> _Source:
-    values: dict[str, tuple[Any, str]] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"'{override}' is not of the form key=value", "command line")
-        try:
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
-        except (yaml.YAMLError, OmegaConfBaseException):
-            raise UserError(f"the value of '{override}' is not valid YAML", "command line", "quote it: 'key=[a, b]'") from None
-        leaves = _leaves(value, f"{key}.") if isinstance(value, dict) else [(key, value)]
-        values.update({leaf: (inner, "command line") for leaf, inner in leaves})
-    return _Source(values)
-
-
-def _benchmark_piece(name: Any, where: str) -> tuple[str, str, _Source]:
+def _benchmark_piece(name: Any, where: str) -> tuple[str, str, Source]:
     if not isinstance(name, str):
         raise UserError("`benchmark` is a name in configs/benchmarks or a path", where)
     path = find("benchmarks", name)
-    source = _read(path, "benchmark.")
-    return path.stem, "", _Source({"benchmark.name": (path.stem, where), **source.values})
+    source = read_file(path, "benchmark.")
+    return path.stem, "", Source({"benchmark.name": (path.stem, where), **source.values})
 
 
-def _task_names(piece: _Source) -> list[str]:
+def _task_names(piece: Source) -> list[str]:
     return list(dict.fromkeys(key.split(".")[2] for key in piece.values if key.startswith("benchmark.tasks.")))
 
 
-def _encoder_pieces(names: Any, where: str) -> Iterator[tuple[str, str, _Source]]:
+def _encoder_pieces(names: Any, where: str) -> Iterator[tuple[str, str, Source]]:
     """Each encoder's name, module and parameters; a dotted name is the user's own module with its defaults."""
     for name in [names] if isinstance(names, str) else names or []:
         if "." in name and not name.endswith((".yaml", ".yml")):
-            yield name.replace(".", "_"), name, _Source({})
+            yield name.replace(".", "_"), name, Source({})
             continue
         path = find("encoders", name)
         prefix = f"encoders.{path.stem}."
-        values = dict(_read(path, prefix).values)
+        values = dict(read_file(path, prefix).values)
         if f"{prefix}encoder" not in values:
             raise UserError("this file names no encoder module", str(path), "add a line like `encoder: open_clip`")
         module, _ = values.pop(f"{prefix}encoder")
-        yield path.stem, module, _Source(values)
+        yield path.stem, module, Source(values)
 
 
-def _merge(schema: DictConfig, sources: Sequence[_Source]) -> dict[str, str]:
+def _merge(schema: DictConfig, sources: Sequence[Source]) -> dict[str, str]:
     """Put every value in its place, the last word wins; returns where each value came from."""
     origins: dict[str, str] = {}
     mistakes: list[UserError] = []

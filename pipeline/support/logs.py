@@ -14,7 +14,9 @@ def configure(file: Path | None, quiet: bool = False) -> None:
     logger = logging.getLogger("pipeline")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logger.handlers.clear()
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
     screen = logging.StreamHandler(sys.stderr)
     screen.setLevel(logging.WARNING if quiet or sys.stderr.isatty() else logging.INFO)
     screen.setFormatter(_LINE)

@@ -1,7 +1,8 @@
-"""What setup.cfg asks for, and what of it a Python lacks: `python -m pipeline.support.requirements [--missing] core|test`.
+"""What setup.cfg asks for, and what of it this Python lacks.
 
-Runs before anything is installed, so it needs the standard library alone. It reads metadata and imports no package: to
-learn torch's version by importing it would cost seconds. The price: setup.cfg may ask only for `name` or `name>=version`.
+`python -m pipeline.support.requirements [--missing] core|test` runs before anything is installed, so it needs
+the standard library alone. It reads metadata and imports no package: to learn torch's version by importing it
+would cost seconds. The price: setup.cfg may ask only for `name` or `name>=version`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def requirements(extras: Sequence[str] = (), setup: Path = SETUP) -> list[str]:
 def python_flaw(setup: Path = SETUP) -> str:
     """Why this Python is too old for setup.cfg, or nothing."""
     least = _parsed(setup)["options"]["python_requires"].removeprefix(">=")
-    return f"Python is {python_version()}, not >={least}" if _release(python_version()) < _release(least) else ""
+    if _release(python_version()) >= _release(least):
+        return ""
+    return f"Python is {python_version()}, not >={least}"
 
 
 def missing(lines: Sequence[str]) -> list[str]:
