@@ -83,11 +83,17 @@ def _release(text: str) -> tuple[int, ...]:
     return tuple(parts)
 
 
+def _few(flaws: Sequence[str], shown: int = 3) -> str:
+    """The first flaws and the number of the others: this becomes one line on a terminal."""
+    rest = [f"and {len(flaws) - shown} more"] if len(flaws) > shown else []
+    return "; ".join([*flaws[:shown], *rest])
+
+
 def main(arguments: Sequence[str]) -> int:
     options = [argument for argument in arguments if argument.startswith("-")]
     lines = requirements([argument for argument in arguments if argument not in ("core", *options)])
     if "--missing" in options:
-        sys.stdout.write(python_flaw() or "; ".join(missing(lines)))
+        sys.stdout.write(python_flaw() or _few(missing(lines)))
     else:
         sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0
