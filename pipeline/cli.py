@@ -29,7 +29,7 @@ _STAGES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     configure(None)
     try:
         return int(options.run(options))
@@ -48,6 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.debug:
         traceback.print_exc()
     return code
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As argparse does, but `key=value` may also stand after an option."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    late = [argument for argument in rest if "=" in argument and not argument.startswith("-")]
+    if unknown := [argument for argument in rest if argument not in late]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if late:
+        options.overrides = [*options.overrides, *late]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

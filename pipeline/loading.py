@@ -59,7 +59,7 @@ class Batch(NamedTuple):
 def batches(sources: Sequence[Source], encoder: Encoder, batch_size: int, loaders: int) -> Iterator[Batch]:
     """All items of all sources in order; a source whose target exists by then is passed over."""
     import torch
-    loader = torch.utils.data.DataLoader(
+    loader: torch.utils.data.DataLoader[list[tuple[Key, Any, Any]]] = torch.utils.data.DataLoader(
         _Items(sources, encoder), batch_sampler=_schedule(sources, batch_size),  # type: ignore[arg-type]
         collate_fn=list, num_workers=loaders, prefetch_factor=4 if loaders else None,
         worker_init_fn=_one_thread if loaders else None)

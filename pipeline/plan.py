@@ -105,12 +105,18 @@ class _Planner:
     def collect_pool(self, pool: str) -> collect.PoolJob | None:
         benchmark = self.experiment.benchmark
         artifact = self.collected(f"{benchmark.name}.pool.{pool}", self.adapter.pool_sources(benchmark, pool))
-        return artifact and self.add("collect", collect.PoolJob(artifact, benchmark, pool, self.images))
+        if artifact is None:
+            return None
+        job: collect.PoolJob = self.add("collect", collect.PoolJob(artifact, benchmark, pool, self.images))
+        return job
 
     def collect_task(self, task: Task) -> collect.TaskJob | None:
         benchmark = self.experiment.benchmark
         artifact = self.collected(f"{benchmark.name}.{task.name}", self.adapter.task_sources(benchmark, task))
-        return artifact and self.add("collect", collect.TaskJob(artifact, benchmark, task, self.images))
+        if artifact is None:
+            return None
+        job: collect.TaskJob = self.add("collect", collect.TaskJob(artifact, benchmark, task, self.images))
+        return job
 
     def collected(self, name: str, sources: list[Path]) -> Artifact | None:
         """Source files enter by path under the root, size and time: that is quick, and enough to look again."""
@@ -146,18 +152,19 @@ class _Planner:
 
     def search(self, encoder: EncoderChoice, task: Task, pool: str) -> None:
         """One cell of the final table: embed the task and the pool's members, index them, retrieve, score."""
-        tables = self.tables(task, self.experiment.members(pool, task))
+        pools = self.experiment.members(pool, task)
+        tables = self.tables(task, pools)
         audit = self.audited(task, pool, tables)
-        names = [f"{encoder.name}.{task.name}", *(f"{encoder.name}.pool.{name}" for name in self.experiment.members(pool, task))]
+        names = [f"{encoder.name}.{task.name}", *(f"{encoder.name}.pool.{name}" for name in pools)]
         if tables is None or audit is None:
-            for stage, waiting in (("embed", names), ("index", names[1:]), ("retrieve", [f"{names[0]}.{pool}"]), ("score", [f"{names[0]}.{pool}"])):
+            run = [f"{names[0]}.{pool}"]
+            for stage, waiting in {"embed": names, "index": names[1:], "retrieve": run, "score": run}.items():
                 for name in waiting:
                     self.wait(stage, name)
             return
-        queries = self.embed(encoder, names[0], tables.task, self.settings.embed.instruction)
+        queries = self.embedded(encoder, names[0], tables.task, self.settings.embed.instruction)
         members = tuple(self.member(encoder, name, table) for name, table in zip(names[1:], tables.pools))
-        run = self.retrieve(f"{names[0]}.{pool}", queries, members)
-        self.score(encoder, task, pool, run, tables, audit)
+        self.add_score(encoder, task, pool, self.retrieved(f"{names[0]}.{pool}", queries, members), tables, audit)
 
     def tables(self, task: Task, members: tuple[str, ...]) -> Tables | None:
         """The collected tables a search needs, or None while one of them is not on disk."""
@@ -166,7 +173,7 @@ class _Planner:
             return None
         return Tables([job.artifact for job in jobs if job is not None])
 
-    def embed(self, encoder: EncoderChoice, name: str, table: Artifact, instruction: str) -> embed.Job:
+    def embedded(self, encoder: EncoderChoice, name: str, table: Artifact, instruction: str) -> embed.Job:
         chosen = self.settings.embed
         params = embed.Params(self.identity(encoder), chosen.precision, chosen.storage, instruction)
         artifact = self.artifact("embed", name, params, {"table": manifest_of(table.directory)["digest"]})
@@ -180,13 +187,13 @@ class _Planner:
         return self.identities[encoder.name]
 
     def member(self, encoder: EncoderChoice, name: str, table: Artifact) -> retrieve.Member:
-        embedded = self.embed(encoder, name, table, "")
+        pool = self.embedded(encoder, name, table, "")
         params = part(self.settings.index, index.Params)
-        artifact = self.artifact("index", f"{name}.{slug(params.factory)}", params, {"embeddings": embedded.artifact.fingerprint})
-        self.add("index", index.Job(artifact, embedded.artifact))
-        return retrieve.Member(embedded.artifact, artifact, "" if params.is_exact else index.FAISS)
+        artifact = self.artifact("index", f"{name}.{slug(params.factory)}", params, {"embeddings": pool.artifact.fingerprint})
+        self.add("index", index.Job(artifact, pool.artifact))
+        return retrieve.Member(pool.artifact, artifact, "" if params.is_exact else index.FAISS)
 
-    def retrieve(self, name: str, queries: embed.Job, members: tuple[retrieve.Member, ...]) -> retrieve.Job:
+    def retrieved(self, name: str, queries: embed.Job, members: tuple[retrieve.Member, ...]) -> retrieve.Job:
         inputs = {"queries": queries.artifact.fingerprint}
         inputs.update({f"index {member.index.name}": member.index.fingerprint for member in members})
         params = part(self.settings.retrieve, retrieve.Params)
@@ -194,7 +201,7 @@ class _Planner:
         job: retrieve.Job = self.add("retrieve", retrieve.Job(artifact, queries.artifact, len(queries.shards), members))
         return job
 
-    def score(self, encoder: EncoderChoice, task: Task, pool: str, run: retrieve.Job, tables: Tables, audit: Artifact) -> None:
+    def add_score(self, encoder: EncoderChoice, task: Task, pool: str, run: retrieve.Job, tables: Tables, audit: Artifact) -> None:
         chosen = self.settings.score
         params = score.Params(self.metrics(task), task.headline, chosen.confidence, chosen.resamples, chosen.seed)
         inputs = {"run": run.artifact.fingerprint, **tables.digests}

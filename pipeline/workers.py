@@ -27,10 +27,10 @@ log = logging.getLogger("pipeline")
 
 
 class Share(NamedTuple):
-    """Worker `number` (from 0) of `count`."""
+    """Worker `number` (from 0) `of` so many."""
 
     number: int = 0
-    count: int = 1
+    of: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Share:
@@ -94,10 +94,11 @@ def _work(plan: Plan, stage: str, share: Share) -> list[tuple[Any, str]]:
     """Missing units: this worker's own first, then everybody else's from the far end."""
     everything = [(job, unit) for job in plan.jobs[stage] for unit in MODULES[stage].units(job)]
     absent = {id(job): set(plan.missing_units(job, stage)) for job in plan.jobs[stage]}
-    own, others = [], []
+    own: list[tuple[Any, str]] = []
+    others: list[tuple[Any, str]] = []
     for position, (job, unit) in enumerate(everything):
         if unit in absent[id(job)]:
-            (own if position % share.count == share.number else others).append((job, unit))
+            (own if position % share.of == share.number else others).append((job, unit))
     return own + others[::-1]
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 
 import torch
 import open_clip  # noqa: F401  imported for the children, like torch
@@ -20,7 +21,6 @@ from pipeline.cli import main
 
 def _child(arguments: list[str]) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.setpgid(0, 0)
     torch.set_num_threads(1)
     sys.stdin.close()
     sys.stdout = sys.stderr
@@ -32,5 +32,8 @@ if __name__ == "__main__":
     print("ready", flush=True)
     for line in sys.stdin:
         if not (pid := os.fork()):
+            os.setpgid(0, 0)
             os._exit(_child(json.loads(line)))
+        with suppress(OSError):  # whoever comes first, the child or we: the group must be there before its number is told
+            os.setpgid(pid, pid)
         print(pid, flush=True)

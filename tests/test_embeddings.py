@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from pipeline import artifacts
-from pipeline.artifacts import Artifact, Identity
+from pipeline.artifacts import Artifact, Identity, shard_file
 from pipeline.embeddings import EmbeddingStore, Union, read_table, shard_facts, vectors_of, write_shard
 from pipeline.support.errors import UserError
 
@@ -24,13 +25,15 @@ class Params(artifacts.Params):
     name: str
 
 
-def make_store(root: Path, name: str, vectors_ND: np.ndarray, rows_per_shard: int, storage: str = "float32") -> Artifact:
-    """A complete embed artifact with ids name:0, name:1 ..."""
+def make_store(root: Path, name: str, vectors_ND: np.ndarray, rows_per_shard: int, storage: str = "float32",
+               ids: Sequence[str] | None = None) -> Artifact:
+    """A complete embed artifact; its ids are name:0, name:1 ... unless others are given."""
     artifact = Artifact(root, name, Identity("embed", 1, Params(name), {}))
+    ids = ids or [f"{name}:{row}" for row in range(len(vectors_ND))]
     for number, start in enumerate(range(0, len(vectors_ND), rows_per_shard)):
-        part = vectors_ND[start:start + rows_per_shard]
-        ids = [f"{name}:{start + row}" for row in range(len(part))]
-        write_shard(artifact.path(f"embeddings-{number:05d}.parquet"), ids, part, [None] * len(part), storage, artifact.fingerprint)
+        part = slice(start, start + rows_per_shard)
+        write_shard(artifact.path(shard_file("embeddings", number)), ids[part], vectors_ND[part], [None] * len(ids[part]), storage,
+                    artifact.fingerprint)
     artifact.seal({"rows": len(vectors_ND), "dimension": vectors_ND.shape[1]})
     return artifact
 

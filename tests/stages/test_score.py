@@ -1,0 +1,81 @@
+"""Scores of a whole run against pytrec_eval, fed with the TREC files that the same run exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytrec_eval
+
+from pipeline.config import Experiment, load
+from pipeline.embeddings import read_table
+from pipeline.plan import Scored, make_plan
+from pipeline.stages import score
+from pipeline.workers import run_stage
+from tests.small_mbeir import SmallMbeir
+
+NAMES = {"hit@5": "success_5", "recall@10": "recall_10", "precision@5": "P_5", "mrr": "recip_rank", "map": "map", "ndcg@10": "ndcg_cut_10"}
+
+
+@pytest.fixture(scope="module")
+def cell(quick_run: Experiment) -> Callable[[str, str], Scored]:
+    found = {(scored.task.name, scored.pool): scored for scored in make_plan(quick_run).scored}
+    return lambda task, pool: found[task, pool]
+
+
+@pytest.mark.parametrize("task, pool", [("quiz_task8", "local"), ("quiz_task8", "union"), ("streets_task3", "union"), ("digits_task4", "local")])
+def test_every_query_agrees_with_pytrec_eval(cell: Callable[[str, str], Scored], task: str, pool: str) -> None:
+    job = cell(task, pool).job
+    qrels: dict[str, dict[str, int]] = {}
+    for row in read_table(job.task.path("qrels.parquet"), job.task.fingerprint).to_pylist():
+        qrels.setdefault(row["query_id"], {})[row["candidate_id"]] = row["relevance"]
+    run: dict[str, dict[str, float]] = {}
+    for row in score.run_table(job.run).to_pylist():  # the rank as score: pytrec_eval must not break our ties its own way
+        run.setdefault(row["query_id"], {})[row["candidate_id"]] = 1000.0 - row["rank"]
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"success", "recall", "P", "recip_rank", "map", "ndcg_cut"}).evaluate(run)
+    ours = read_table(job.artifact.path(score.PER_QUERY), job.artifact.fingerprint).to_pylist()
+    assert len(ours) == len(theirs) > 0
+    for row in ours:
+        for name, theirs_name in NAMES.items():
+            assert row[name] == pytest.approx(theirs[row["query_id"]][theirs_name], abs=1e-6), (row["query_id"], name)
+
+
+def test_means_intervals_and_headline(cell: Callable[[str, str], Scored]) -> None:
+    job = cell("scenes_task0", "local").job
+    scores = job.artifact.manifest()["scores"]
+    table = read_table(job.artifact.path(score.PER_QUERY), job.artifact.fingerprint)
+    assert scores["headline"] == "hit@5" and scores["queries"] == len(table)
+    for name, value in scores["metrics"].items():
+        assert value["mean"] == pytest.approx(np.mean(table[name].to_numpy()), abs=1e-6)
+        assert value["low"] <= value["mean"] <= value["high"]
+
+
+def test_distractors_cannot_raise_a_score(quick_run: Experiment) -> None:
+    """A union only adds candidates, and relevant ones only for the task whose positives lie in another pool too."""
+    by_cell = {(scored.task.name, scored.pool): scored.job.artifact.manifest()["scores"]["metrics"] for scored in make_plan(quick_run).scored}
+    for task, pool in by_cell:
+        if pool == "union" and task != "quiz_task8":
+            for name in ("hit@5", "hit@10", "mrr"):
+                assert by_cell[task, "union"][name]["mean"] <= by_cell[task, "local"][name]["mean"]
+
+
+def test_wrong_modality_is_the_share_of_first_candidates(cell: Callable[[str, str], Scored], quick_run: Experiment) -> None:
+    assert cell("scenes_task0", "local").job.artifact.manifest()["scores"]["wrong_modality_at_1"] == 0
+    job = cell("scenes_task3", "union").job  # seeks text
+    modality = {row["candidate_id"]: row["modality"] for pool in job.pools for row in score.tables_of(pool, ["candidate_id", "modality"]).to_pylist()}
+    first = [row["candidate_id"] for row in score.run_table(job.run).to_pylist() if row["rank"] == 1]
+    expected = np.mean([modality[candidate] != "text" for candidate in first])
+    assert job.artifact.manifest()["scores"]["wrong_modality_at_1"] == pytest.approx(expected)
+
+
+def test_a_query_without_qrels_is_counted_and_scores_zero(tmp_path: Path) -> None:
+    small = SmallMbeir(tmp_path)
+    small.qrels = small.qrels[:3]
+    experiment = load(str(small.write().experiment), ["pools=[local]"])
+    for stage in ("collect", "embed", "index", "retrieve", "score"):
+        run_stage(experiment, stage)
+    scores = make_plan(experiment).scored[0].job.artifact.manifest()["scores"]
+    assert scores["queries"] == 4 and scores["queries_without_relevant"] == 1
+    assert scores["metrics"]["hit@2"]["mean"] <= 0.75
