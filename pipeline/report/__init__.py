@@ -1,0 +1,1 @@
+"""What people and programs read: tables, exports, trackers. Reads finished artifacts, computes no score."""
