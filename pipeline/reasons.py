@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact, write_json
+from pipeline.artifacts import Artifact, canonical_json, write_json
 from pipeline.plan import Plan
 from pipeline.stages import STAGES
 
@@ -41,7 +41,8 @@ def _reason(plan: Plan, artifact: Artifact, num_missing: int, before: Mapping[st
     present = len(artifact.present())
     if present:
         return f"{num_missing} missing, {present} there" if num_missing else "all there, not sealed"
-    earlier, now = before.get(f"{artifact.identity.stage}/{artifact.name}"), artifact.identity.as_json()
+    earlier = before.get(f"{artifact.identity.stage}/{artifact.name}")
+    now = json.loads(canonical_json(artifact.identity.as_json()))  # as it was recorded: tuples become lists
     if earlier is None:
         return "new"
     changes = [*_changes(plan, earlier, now)]

@@ -15,6 +15,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -95,6 +96,7 @@ class Metric:
     k: int | None = None
 
     @classmethod
+    @lru_cache(maxsize=1024)  # a plan reads the same few names hundreds of times
     def parse(cls, text: str) -> Metric:
         """Reads `hit@5`, in any case and under any alias (`success@5`, `nDCG@10`); UserError if unknown."""
         spelling = _SPELLING.fullmatch(text.strip())
@@ -119,7 +121,7 @@ def known_metrics() -> dict[str, Callable[[Judged, int | None], np.ndarray]]:
     """Every metric by name: the public functions of this module that take (judged, k)."""
     return {name: function for name, function in globals().items()
             if inspect.isfunction(function) and not name.startswith("_")
-            and list(inspect.signature(function).parameters) == ["judged", "k"]}
+            and inspect.getargs(function.__code__).args == ["judged", "k"]}
 
 
 def evaluate(judged: Judged, metrics: Sequence[Metric]) -> dict[str, np.ndarray]:
