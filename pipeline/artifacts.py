@@ -143,8 +143,8 @@ def _made() -> dict[str, Any]:
     for package in _RECORDED:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
-    return {"host": socket.gethostname(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "python": platform.python_version(),
-            "plumbline": __version__, "versions": found}
+    return {"host": socket.gethostname(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "python": platform.python_version(), "plumbline": __version__, "versions": found}
 
 
 def file_sha256(path: Path) -> str:

@@ -19,7 +19,8 @@ from pipeline.support.errors import UserError
 _NAMED = 20
 
 
-def audit(query_ids: pa.ChunkedArray, qrels: pa.Table, candidate_ids: pa.ChunkedArray, metrics: Sequence[str]) -> dict[str, Any]:
+def audit(query_ids: pa.ChunkedArray, qrels: pa.Table, candidate_ids: pa.ChunkedArray,
+          metrics: Sequence[str]) -> dict[str, Any]:
     """Counts and ceilings for one task and one pool (or union of pools).
 
     `ceiling[metric]` is the mean over queries of the best value that any run over this pool could reach.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -39,11 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NotReady as reason:
         print(f"not yet: {reason}", file=sys.stderr)
         code = NOT_FINISHED
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        sys.stdout = open(os.devnull, "w")
+        return DONE
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
     except Exception as error:  # the last resort: one line for the user, the traceback on request
-        print(f"failed: {type(error).__name__}: {error}\n       --debug shows where; what is on disk stays valid", file=sys.stderr)
+        print(f"failed: {type(error).__name__}: {error}\n       --debug shows where; what is on disk stays valid",
+              file=sys.stderr)
         code = FAILED
     if options.debug:
         traceback.print_exc()
@@ -63,14 +68,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"plumbline {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _experiment_command(commands, "run", _run, "all stages, skipping what is done, then tables and exports", json_output=True)
+    _experiment_command(commands, "run", _run, "all stages, skipping what is done, then tables and exports",
+                        json_output=True)
     for stage, text in _STAGES.items():
         command = _experiment_command(commands, stage, _stage, text, json_output=stage == "score")
         command.set_defaults(stage=stage)
-        command.add_argument("--worker", metavar="I/N", help="make share I of N of the missing units, then help with the rest")
+        command.add_argument("--worker", metavar="I/N",
+                             help="make share I of N of the missing units, then help with the rest")
     _experiment_command(commands, "plan", _plan, "what would run, how much of it, and why", json_output=True)
     status = _experiment_command(commands, "status", _status, "what is done, running or stalled", json_output=True)
     status.add_argument("--deep", action="store_true", help="compare every file with its checksum")
@@ -84,13 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _experiment_command(commands: Any, name: str, run: Any, text: str, json_output: bool = False, several: bool = False) -> Any:
+def _experiment_command(commands: Any, name: str, run: Any, text: str, json_output: bool = False,
+                        several: bool = False) -> Any:
     command = commands.add_parser(name, help=text, description=text)
     if several:
-        command.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help="every experiment whose artifacts are to stay")
+        command.add_argument("experiments", nargs="+", metavar="EXPERIMENT",
+                             help="every experiment whose artifacts are to stay")
     else:
         command.add_argument("experiment", help="a name in configs/experiments, or a path to a .yaml file")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="any option: python -m pipeline config EXPERIMENT")
+        command.add_argument("overrides", nargs="*", metavar="key=value",
+                             help="any option: python -m pipeline config EXPERIMENT")
     if json_output:
         command.add_argument("--json", action="store_true", help="print one JSON document on stdout, nothing else")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -138,7 +149,8 @@ def _run(options: Any) -> int:
     from pipeline.run import run_experiment
     experiment = _experiment(options)
     configure(experiment.directory / "logs" / "run.log", quiet=options.json)
-    report = run_experiment(experiment, [options.experiment, *options.overrides], say=_silent if options.json else print)
+    command = [options.experiment, *options.overrides]
+    report = run_experiment(experiment, command, say=_silent if options.json else print)
     if options.json:
         _print_json(report)
     return DONE

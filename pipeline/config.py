@@ -33,6 +33,10 @@ class EncoderChoice:
     module: str
     params: Any
 
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint of its embeddings sees; UserError if its weights are not there."""
+        return {"module": self.module, **load_encoder(self.module).identity(self.params)}
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -97,7 +101,7 @@ def load(experiment: str, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def _skeleton(kind: type[Any]) -> DictConfig:
-    """A typed node with all its sections present and no values; open, because frozen dataclasses make read-only nodes."""
+    """A typed node with all its sections and no values; open, because frozen dataclasses make read-only nodes."""
     node = OmegaConf.structured(kind)
     OmegaConf.set_readonly(node, False)
     for name, hint in get_type_hints(kind).items():
@@ -174,7 +178,8 @@ def _experiment(schema: DictConfig, path: Path, modules: Mapping[str, str], orig
     assert isinstance(settings, Settings)
     benchmark = _benchmark(settings)
     experiment = Experiment(
-        name=settings.name or path.stem, settings=settings, benchmark=benchmark, tasks=_tasks(settings, benchmark, path),
+        name=settings.name or path.stem, settings=settings, benchmark=benchmark,
+        tasks=_tasks(settings, benchmark, path),
         encoders=tuple(EncoderChoice(name, module, settings.encoders[name]) for name, module in modules.items()),
         resolved=OmegaConf.to_container(schema, resolve=True), origins=origins)  # type: ignore[arg-type]
     _check_pools(experiment, path)
@@ -203,11 +208,13 @@ def _check_pools(experiment: Experiment, path: Path) -> None:
     known = {"local", "union", *experiment.settings.unions}
     for name in experiment.settings.pools:
         if name not in known:
-            raise UserError(f"'{name}' is neither local, union nor a name under `unions`", str(path), nearest(name, known))
+            raise UserError(f"'{name}' is neither local, union nor a name under `unions`", str(path),
+                            nearest(name, known))
     for union, members in experiment.settings.unions.items():
         for member in members:
             if member not in experiment.benchmark.pools:
-                raise UserError(f"union '{union}': there is no pool '{member}'", str(path), nearest(member, experiment.benchmark.pools))
+                raise UserError(f"union '{union}': there is no pool '{member}'", str(path),
+                                nearest(member, experiment.benchmark.pools))
 
 
 T = TypeVar("T")

@@ -46,7 +46,8 @@ def write_shard(path: Path, ids: Sequence[str], vectors_ND: np.ndarray, flaws: S
     schema = embeddings_schema(vectors_ND.shape[1], storage)
     flat = pa.array(stored_ND.reshape(-1))
     vectors = pa.FixedSizeListArray.from_arrays(flat, type=schema.field("vector").type)
-    table = pa.Table.from_arrays([pa.array(ids, pa.string()), vectors, pa.array(flaws, schema.field("flaw").type)], schema=schema)
+    columns = [pa.array(ids, pa.string()), vectors, pa.array(flaws, schema.field("flaw").type)]
+    table = pa.Table.from_arrays(columns, schema=schema)
     write_table(path, table, fingerprint, compression="none", use_dictionary=["flaw"])
 
 
@@ -55,7 +56,8 @@ def _as_stored(vectors_ND: np.ndarray, storage: str, ids: Sequence[str]) -> np.n
             "check the weights and embed.precision; bf16 has a wider range than fp16")
     with np.errstate(over="ignore"):
         stored_ND = vectors_ND.astype(storage)
-    _refuse(~np.isfinite(stored_ND).all(axis=1), ids, f"a vector is too large for {storage}", "set embed.storage=float32")
+    _refuse(~np.isfinite(stored_ND).all(axis=1), ids, f"a vector is too large for {storage}",
+            "set embed.storage=float32")
     return stored_ND
 
 

@@ -15,16 +15,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.artifacts import Artifact, Identity, Params, read_manifest
+from pipeline.artifacts import Artifact, Identity, Params, canonical_json, read_manifest
 from pipeline.benchmarks import Task, load_adapter
 from pipeline.config import EncoderChoice, Experiment, part
-from pipeline.encoders import load_encoder
 from pipeline.images import ImageStore
 from pipeline.metrics.ranking import Metric
 from pipeline.stages import STAGES, collect, embed, index, retrieve, score
 from pipeline.support.errors import UserError
 
-MODULES: Mapping[str, ModuleType] = {"collect": collect, "embed": embed, "index": index, "retrieve": retrieve, "score": score}
+MODULES: Mapping[str, ModuleType] = {
+    "collect": collect, "embed": embed, "index": index, "retrieve": retrieve, "score": score}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class _Planner:
     @cached_property
     def images(self) -> ImageStore:
         benchmark = self.experiment.benchmark
-        return ImageStore(Path(benchmark.root), benchmark.archives, benchmark.trusted_roots, self.experiment.work_dir / "cache")
+        cache = self.experiment.work_dir / "cache"
+        return ImageStore(Path(benchmark.root), benchmark.archives, benchmark.trusted_roots, cache)
 
     def plan(self) -> Plan:
         """The whole graph: each encoder, each task, each pool it searches."""
@@ -104,7 +105,7 @@ class _Planner:
 
     def collect_pool(self, pool: str) -> collect.PoolJob | None:
         benchmark = self.experiment.benchmark
-        artifact = self.collected(f"{benchmark.name}.pool.{pool}", self.adapter.pool_sources(benchmark, pool))
+        artifact = self.collected(f"pool.{pool}", self.adapter.pool_sources(benchmark, pool))
         if artifact is None:
             return None
         job: collect.PoolJob = self.add("collect", collect.PoolJob(artifact, benchmark, pool, self.images))
@@ -112,22 +113,25 @@ class _Planner:
 
     def collect_task(self, task: Task) -> collect.TaskJob | None:
         benchmark = self.experiment.benchmark
-        artifact = self.collected(f"{benchmark.name}.{task.name}", self.adapter.task_sources(benchmark, task))
+        artifact = self.collected(task.name, self.adapter.task_sources(benchmark, task))
         if artifact is None:
             return None
         job: collect.TaskJob = self.add("collect", collect.TaskJob(artifact, benchmark, task, self.images))
         return job
 
-    def collected(self, name: str, sources: list[Path]) -> Artifact | None:
+    def collected(self, subject: str, sources: list[Path]) -> Artifact | None:
         """Source files enter by path under the root, size and time: that is quick, and enough to look again."""
-        root = Path(self.experiment.benchmark.root)
+        benchmark = self.experiment.benchmark
+        root = Path(benchmark.root)
         try:
             states = {path: path.stat() for path in sources}
         except FileNotFoundError:
-            self.wait("collect", name)
+            self.wait("collect", f"{benchmark.name}.{subject}")
             return None
         inputs = {os.path.relpath(path, root): f"{state.st_size}:{state.st_mtime_ns}" for path, state in states.items()}
-        return self.artifact("collect", name, part(self.settings.collect, collect.Params), inputs)
+        params = collect.Params(benchmark.adapter, benchmark.split, subject, canonical_json(dict(benchmark.options)),
+                                self.settings.collect.rows_per_shard)
+        return self.artifact("collect", f"{benchmark.name}.{subject}", params, inputs)
 
     def audited(self, task: Task, pool: str, tables: Tables | None) -> Artifact | None:
         name = f"{self.experiment.benchmark.name}.{task.name}.{pool}.audit"
@@ -141,12 +145,12 @@ class _Planner:
 
     def metrics(self, task: Task) -> tuple[str, ...]:
         """Every metric of a task, each once: the ones at its cutoffs, its headline, those over the whole run."""
-        chosen = self.settings.score
-        names = [f"{name}@{cutoff}" for name in chosen.cutoff_metrics for cutoff in task.cutoffs] + [task.headline, *chosen.metrics]
-        parsed = [Metric.parse(name) for name in names]
+        chosen, depth = self.settings.score, self.settings.retrieve.depth
+        at_cutoffs = [f"{name}@{cutoff}" for name in chosen.cutoff_metrics for cutoff in task.cutoffs]
+        parsed = [Metric.parse(name) for name in [*at_cutoffs, task.headline, *chosen.metrics]]
         for metric in parsed:
-            if metric.k is not None and metric.k > self.settings.retrieve.depth:
-                raise UserError(f"{metric} needs {metric.k} candidates per query, retrieve.depth is {self.settings.retrieve.depth}",
+            if metric.k is not None and metric.k > depth:
+                raise UserError(f"{metric} needs {metric.k} candidates per query, retrieve.depth is {depth}",
                                 f"task {task.name}", f"set retrieve.depth={metric.k} or more")
         return tuple(dict.fromkeys(str(metric) for metric in parsed))
 
@@ -182,26 +186,27 @@ class _Planner:
 
     def identity(self, encoder: EncoderChoice) -> dict[str, Any]:
         if encoder.name not in self.identities:
-            found = load_encoder(encoder.module).identity(encoder.params)
-            self.identities[encoder.name] = {"module": encoder.module, **found}
+            self.identities[encoder.name] = encoder.identity()
         return self.identities[encoder.name]
 
     def member(self, encoder: EncoderChoice, name: str, table: Artifact) -> retrieve.Member:
         pool = self.embedded(encoder, name, table, "")
-        params = part(self.settings.index, index.Params)
-        artifact = self.artifact("index", f"{name}.{slug(params.factory)}", params, {"embeddings": pool.artifact.fingerprint})
+        params = part(self.settings.index, index.Params).needed()
+        inputs = {"embeddings": pool.artifact.fingerprint}
+        artifact = self.artifact("index", f"{name}.{slug(params.factory)}", params, inputs)
         self.add("index", index.Job(artifact, pool.artifact))
         return retrieve.Member(pool.artifact, artifact, "" if params.is_exact else index.FAISS)
 
     def retrieved(self, name: str, queries: embed.Job, members: tuple[retrieve.Member, ...]) -> retrieve.Job:
-        inputs = {"queries": queries.artifact.fingerprint}
-        inputs.update({f"index {member.index.name}": member.index.fingerprint for member in members})
-        params = part(self.settings.retrieve, retrieve.Params)
+        inputs = {"queries": queries.artifact.fingerprint, **dict(map(retrieve.Member.as_input, members))}
+        chosen = self.settings.retrieve
+        params = retrieve.Params(chosen.depth, 0 if self.settings.index.is_exact else chosen.recall_queries)
         artifact = self.artifact("retrieve", f"{name}.{slug(self.settings.index.factory)}", params, inputs)
         job: retrieve.Job = self.add("retrieve", retrieve.Job(artifact, queries.artifact, len(queries.shards), members))
         return job
 
-    def add_score(self, encoder: EncoderChoice, task: Task, pool: str, run: retrieve.Job, tables: Tables, audit: Artifact) -> None:
+    def add_score(self, encoder: EncoderChoice, task: Task, pool: str, run: retrieve.Job, tables: Tables,
+                  audit: Artifact) -> None:
         chosen = self.settings.score
         params = score.Params(self.metrics(task), task.headline, chosen.confidence, chosen.resamples, chosen.seed)
         inputs = {"run": run.artifact.fingerprint, **tables.digests}

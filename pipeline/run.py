@@ -25,6 +25,8 @@ Say = Callable[..., Any]
 def run_experiment(experiment: Experiment, command: Sequence[str], say: Say) -> dict[str, Any]:
     """Make everything that is missing; returns what `run --json` prints."""
     _write_config(experiment)
+    for encoder in experiment.encoders:  # weights that are missing are better known before millions of rows are read
+        encoder.identity()
     outcomes: list[Outcome] = []
     with Tracker(experiment) as tracker:
         for stage in STAGES:
@@ -51,7 +53,9 @@ def run_experiment(experiment: Experiment, command: Sequence[str], say: Say) -> 
 
 def _run_stage(experiment: Experiment, stage: str, command: Sequence[str]) -> Outcome:
     workers = num_workers(experiment) if stage == "embed" else 1
-    return run_embed_processes(experiment, ["embed", *command], workers) if workers > 1 else run_stage(experiment, stage)
+    if workers > 1:
+        return run_embed_processes(experiment, ["embed", *command], workers)
+    return run_stage(experiment, stage)
 
 
 def _write_config(experiment: Experiment) -> None:
@@ -72,6 +76,7 @@ def scores(plan: Plan) -> dict[str, Any]:
     """Every score of the experiment as plain values; NotReady if one is missing."""
     if not plan.is_done("score"):
         raise NotReady("not everything is scored yet")
-    return {"experiment": plan.experiment.name, "scores": [
-        {"encoder": scored.encoder, "task": scored.task.name, "pool": scored.pool, "artifact": scored.job.artifact.label,
-         **scored.job.artifact.manifest()["scores"]} for scored in plan.scored], "warnings": warnings_of(plan)}
+    found = [{"encoder": scored.encoder, "task": scored.task.name, "pool": scored.pool,
+              "artifact": scored.job.artifact.label, **scored.job.artifact.manifest()["scores"]}
+             for scored in plan.scored]
+    return {"experiment": plan.experiment.name, "scores": found, "warnings": warnings_of(plan)}

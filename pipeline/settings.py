@@ -35,7 +35,9 @@ class BenchmarkSettings:
 
 
 @dataclass(frozen=True)
-class CollectSettings(collect.Params, collect.Runtime):
+class CollectSettings(collect.Runtime):
+    rows_per_shard: int
+
     def __post_init__(self) -> None:
         _at_least("collect.rows_per_shard", self.rows_per_shard, 1)
 

@@ -28,7 +28,8 @@ def read_file(path: Path, prefix: str = "") -> Source:
         lines = dict(_lines(yaml.compose(path.read_text(), Loader=yaml.SafeLoader), prefix))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise UserError(f"not valid YAML: {getattr(error, 'problem', None) or error}", f"{path}:{mark.line + 1}" if mark else str(path)) from None
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where) from None
     if not isinstance(loaded, DictConfig):
         raise UserError("a configuration file is a list of `key: value` lines", str(path))
     plain = OmegaConf.to_container(loaded, resolve=False)
@@ -60,9 +61,11 @@ def read_command_line(overrides: Sequence[str]) -> Source:
         if not equals or not key:
             raise UserError(f"'{override}' is not of the form key=value", "command line")
         try:
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+            value = parsed["value"]  # type: ignore[index,call-overload]
         except (yaml.YAMLError, OmegaConfBaseException):
-            raise UserError(f"the value of '{override}' is not valid YAML", "command line", "quote it: 'key=[a, b]'") from None
+            raise UserError(f"the value of '{override}' is not valid YAML", "command line",
+                            "quote it: 'key=[a, b]'") from None
         leaves = _leaves(value, f"{key}.") if isinstance(value, dict) else [(key, value)]
         values.update({leaf: (inner, "command line") for leaf, inner in leaves})
     return Source(values)

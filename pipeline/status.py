@@ -70,7 +70,8 @@ def _pace(landed: list[float]) -> tuple[float | None, float | None]:
     return ((len(recent) - 1) / span if span > 0 else None), time.time() - landed[-1]
 
 
-def _state(plan: Plan, stage: str, done: int, earlier: StageStatus | None, landed: list[float], since: float | None) -> str:
+def _state(plan: Plan, stage: str, done: int, earlier: StageStatus | None, landed: list[float],
+           since: float | None) -> str:
     if plan.is_done(stage):
         return "done"
     if earlier is not None and earlier.state != "done":
@@ -107,9 +108,10 @@ def _audit_warnings(subject: str, audit: dict[str, Any]) -> list[str]:
     found = []
     if audit["relevant_outside_pool"]:
         share = audit["relevant_outside_pool"] / max(audit["relevant"], 1)
-        found.append(f"{subject}: {share:.1%} of the relevant candidates are not in the pool (ceilings stand beside the scores)")
-    if audit["unanswerable_queries"]["count"]:
-        found.append(f"{subject}: {audit['unanswerable_queries']['count']} queries have no relevant candidate in the pool")
+        found.append(f"{subject}: {share:.1%} of the relevant candidates are not in the pool "
+                     "(ceilings stand beside the scores)")
+    if count := audit["unanswerable_queries"]["count"]:
+        found.append(f"{subject}: {count} queries have no relevant candidate in the pool")
     if audit["qrels_of_unknown_queries"]:
         found.append(f"{subject}: {audit['qrels_of_unknown_queries']} qrels name queries that are not in the task")
     return found

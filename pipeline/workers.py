@@ -37,7 +37,8 @@ class Share(NamedTuple):
         number, slash, count = text.partition("/")
         if slash and number.isdigit() and count.isdigit() and int(number) < int(count):
             return cls(int(number), int(count))
-        raise UserError(f"'{text}' is not a share of the work", "--worker", "write i/n with i from 0 to n-1, such as 0/4")
+        raise UserError(f"'{text}' is not a share of the work", "--worker",
+                        "write i/n with i from 0 to n-1, such as 0/4")
 
 
 @dataclass
@@ -120,7 +121,8 @@ def run_embed_processes(experiment: Experiment, command: Sequence[str], count: i
         environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, len(os.sched_getaffinity(0)) // count)))
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-        workers.append(subprocess.Popen([sys.executable, "-m", "pipeline", *command, "--worker", f"{number}/{count}"], env=environment))
+        share = ["--worker", f"{number}/{count}"]
+        workers.append(subprocess.Popen([sys.executable, "-m", "pipeline", *command, *share], env=environment))
     codes = [worker.wait() for worker in workers]
     if _missing(make_plan(experiment), "embed") and any(codes):
         raise UserError(f"{sum(map(bool, codes))} of {count} embed workers failed; their messages stand above")

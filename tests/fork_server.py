@@ -34,6 +34,6 @@ if __name__ == "__main__":
         if not (pid := os.fork()):
             os.setpgid(0, 0)
             os._exit(_child(json.loads(line)))
-        with suppress(OSError):  # whoever comes first, the child or we: the group must be there before its number is told
+        with suppress(OSError):  # whoever comes first, child or we: the group must be there before its number is told
             os.setpgid(pid, pid)
         print(pid, flush=True)

@@ -119,11 +119,13 @@ def _bomb(path: Path) -> None:
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
 @pytest.mark.parametrize("spoil, kind", [
-    (_truncated, "undecodable_image"), (lambda path: path.write_text("not an image"), "undecodable_image"), (_bomb, "oversized_image")])
+    (_truncated, "undecodable_image"), (lambda path: path.write_text("not an image"), "undecodable_image"),
+    (_bomb, "oversized_image")])
 def test_broken_image(cli: Cli, small: SmallMbeir, spoil: Any, kind: str) -> None:
     spoil(small.image("blue"))
     spoil(small.image("grey"))
@@ -159,7 +161,8 @@ def test_link_that_leaves_the_root(cli: Cli, small: SmallMbeir) -> None:
 
 def test_shard_of_a_different_encoder(cli: Cli) -> None:
     assert cli("run", "encoders.tests_toy_encoder.dimension=5") == 0 and cli("embed") == 0
-    embedded = sorted((cli.small.experiment.parent / "work/artifacts/embed").glob("*.pool.*"), key=lambda path: path.stat().st_mtime)
+    pools = (cli.small.experiment.parent / "work/artifacts/embed").glob("*.pool.*")
+    embedded = sorted(pools, key=lambda path: path.stat().st_mtime)
     shard = embedded[1] / "embeddings-00000.parquet"
     shard.write_bytes((embedded[0] / "embeddings-00000.parquet").read_bytes())
     cli.refuses("belongs to artifact", shard, command="index")
@@ -190,7 +193,8 @@ def test_malicious_pickle(cli: Cli, small: SmallMbeir, tmp_path: Path) -> None:
     pickle.dump({"model": Malice()}, stream)
     checkpoint.write_bytes(stream.getvalue())
     encoder = tmp_path / "evil.yaml"
-    encoder.write_text(f"encoder: uniir_clip\narchitecture: encoders/architectures/tiny_clip.json\nweights: {checkpoint}\n")
+    encoder.write_text("encoder: uniir_clip\narchitecture: encoders/architectures/tiny_clip.json\n"
+                       f"weights: {checkpoint}\n")
     cli.refuses(checkpoint, arguments=(f"encoders=[{encoder}]",))
     assert not (tmp_path / "owned").exists()
 

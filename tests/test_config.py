@@ -42,7 +42,8 @@ def test_m_beir_has_sixteen_tasks_with_their_pools_and_cutoffs() -> None:
 
 
 def test_a_union_is_whole_even_if_one_task_is_chosen() -> None:
-    experiment = load("mbeir_clip_sf", ["tasks=[cirr_task7]", "unions={wiki: [oven_task6, infoseek_task6]}", "pools=[local, union, wiki]"])
+    experiment = load("mbeir_clip_sf", [
+        "tasks=[cirr_task7]", "unions={wiki: [oven_task6, infoseek_task6]}", "pools=[local, union, wiki]"])
     task, = experiment.tasks
     assert experiment.members("local", task) == ("cirr_task7",) and len(experiment.members("union", task)) == 16
     assert experiment.members("wiki", task) == ("oven_task6", "infoseek_task6")
@@ -83,7 +84,8 @@ def test_all_mistakes_are_told_at_once_with_file_and_line(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text, words", [
-    ("benchmark: [", "mine.yaml:2"), ("- a\n- b\n", "key: value"), ("encoders: [quickstart_clip]\n", "names no benchmark"),
+    ("benchmark: [", "mine.yaml:2"), ("- a\n- b\n", "key: value"),
+    ("encoders: [quickstart_clip]\n", "names no benchmark"),
     ("benchmark: mini_mbeir\nbenchmark: mbeir\nencoders: [x]\n", "duplicate key")])
 def test_broken_experiment_files(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "mine.yaml"
@@ -101,7 +103,8 @@ def test_unknown_experiment_and_missing_file() -> None:
 
 
 def test_own_pieces_by_path(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("encoder: uniir_clip\narchitecture: encoders/architectures/tiny_clip.json\nseed: 7\n")
+    (tmp_path / "mine.yaml").write_text(
+        "encoder: uniir_clip\narchitecture: encoders/architectures/tiny_clip.json\nseed: 7\n")
     experiment = load("quickstart", [f"encoders=[quickstart_clip, {tmp_path}/mine.yaml]"])
     assert [encoder.name for encoder in experiment.encoders] == ["quickstart_clip", "mine"]
     assert experiment.encoders[1].params.seed == 7

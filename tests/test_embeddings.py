@@ -32,8 +32,8 @@ def make_store(root: Path, name: str, vectors_ND: np.ndarray, rows_per_shard: in
     ids = ids or [f"{name}:{row}" for row in range(len(vectors_ND))]
     for number, start in enumerate(range(0, len(vectors_ND), rows_per_shard)):
         part = slice(start, start + rows_per_shard)
-        write_shard(artifact.path(shard_file("embeddings", number)), ids[part], vectors_ND[part], [None] * len(ids[part]), storage,
-                    artifact.fingerprint)
+        write_shard(artifact.path(shard_file("embeddings", number)), ids[part], vectors_ND[part],
+                    [None] * len(ids[part]), storage, artifact.fingerprint)
     artifact.seal({"rows": len(vectors_ND), "dimension": vectors_ND.shape[1]})
     return artifact
 
@@ -42,14 +42,16 @@ def make_store(root: Path, name: str, vectors_ND: np.ndarray, rows_per_shard: in
                      elements=st.floats(allow_nan=False, allow_infinity=False, width=16)))
 def test_float16_survives_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, vectors_ND: np.ndarray) -> None:
     path = tmp_path_factory.mktemp("shard") / "x.parquet"
-    write_shard(path, [str(row) for row in range(len(vectors_ND))], vectors_ND.astype(np.float32), [None] * len(vectors_ND), "float16", "f")
+    ids = [str(row) for row in range(len(vectors_ND))]
+    write_shard(path, ids, vectors_ND.astype(np.float32), [None] * len(ids), "float16", "f")
     back_ND = vectors_of(read_table(path, "f"))
     assert back_ND.dtype == np.float16 and np.array_equal(back_ND.view(np.uint16), vectors_ND.view(np.uint16))
 
 
 def test_flaws_come_back(tmp_path: Path) -> None:
-    write_shard(tmp_path / "x", ["a", "b", "c"], np.ones((3, 2), np.float32), [None, "missing_image", None], "float32", "f")
-    assert read_table(tmp_path / "x", "f")["flaw"].to_pylist() == [None, "missing_image", None]
+    flaws = [None, "missing_image", None]
+    write_shard(tmp_path / "x", ["a", "b", "c"], np.ones((3, 2), np.float32), flaws, "float32", "f")
+    assert read_table(tmp_path / "x", "f")["flaw"].to_pylist() == flaws
 
 
 @pytest.mark.parametrize("value, storage, words", [
@@ -90,16 +92,19 @@ def test_a_store_streams_its_shards_in_order(tmp_path: Path) -> None:
 
 
 def test_a_union_is_its_members_in_order_of_name(tmp_path: Path) -> None:
-    parts = {name: RANDOM.standard_normal((rows, 4)).astype(np.float32) for name, rows in (("b", 7), ("a", 12), ("c", 1))}
+    parts = {name: RANDOM.standard_normal((rows, 4)).astype(np.float32)
+             for name, rows in (("b", 7), ("a", 12), ("c", 1))}
     stores = [EmbeddingStore.of(make_store(tmp_path, name, vectors, 5)) for name, vectors in parts.items()]
     for order in (stores, stores[::-1]):
         union = Union.of(order)
-        assert np.array_equal(np.concatenate([block.vectors_ND for block in union.blocks()]), np.concatenate([parts[name] for name in "abc"]))
+        vectors_ND = np.concatenate([block.vectors_ND for block in union.blocks()])
+        assert np.array_equal(vectors_ND, np.concatenate([parts[name] for name in "abc"]))
         assert [block.first_row for block in union.blocks()] == [0, 5, 10, 12, 17, 19]
         assert union.rows == 20 and union.ids()[12].as_py() == "b:0"
 
 
 def test_members_of_different_dimension_are_refused(tmp_path: Path) -> None:
-    stores = [EmbeddingStore.of(make_store(tmp_path, name, np.ones((2, dimension), np.float32), 5)) for name, dimension in (("a", 3), ("b", 4))]
+    stores = [EmbeddingStore.of(make_store(tmp_path, name, np.ones((2, dimension), np.float32), 5))
+              for name, dimension in (("a", 3), ("b", 4))]
     with pytest.raises(UserError, match="different dimensions"):
         Union.of(stores)

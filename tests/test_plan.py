@@ -36,7 +36,7 @@ def names_to_do(plan: Plan, stage: str) -> set[str]:
 
 @pytest.mark.parametrize("override", [
     "embed.batch_size=3", "embed.loaders=2", "embed.device=cuda", "local.workers=5", "retrieve.queries_per_pass=1",
-    "retrieve.memory_gb=0.5", "retrieve.coarse=float32", "collect.check_images=false", "export.depth=7", "log.wandb=x"])
+    "retrieve.memory_gb=0.5", "index.seed=3", "index.train_rows=5", "retrieve.recall_queries=7", "retrieve.coarse=float32", "collect.check_images=false", "export.depth=7", "log.wandb=x"])
 def test_what_changes_only_speed_runs_nothing(replan: Replan, override: str) -> None:
     assert not any(to_do(replan(override)).values())
 
@@ -45,7 +45,8 @@ def test_precision_runs_all_that_comes_from_embeddings_and_says_why(replan: Repl
     plan = replan("embed.precision=bf16")
     assert to_do(plan) == {"collect": 0, "embed": 24, "index": 12, "retrieve": 24, "score": 24}
     reasons = why(plan)
-    assert {reason for label, reason in reasons.items() if label.startswith("embed/")} == {"precision: fp32 -> bf16 (command line)"}
+    of_embed = {reason for label, reason in reasons.items() if label.startswith("embed/")}
+    assert of_embed == {"precision: fp32 -> bf16 (command line)"}
     assert all("input changed" in reason for label, reason in reasons.items() if not label.startswith("embed/"))
 
 
@@ -60,13 +61,19 @@ def test_depth_runs_retrieve_and_score_metrics_run_audits_and_score(replan: Repl
     assert to_do(replan("score.resamples=51")) == {"collect": 0, "embed": 0, "index": 0, "retrieve": 0, "score": 24}
 
 
+def test_a_faiss_file_for_others_runs_index_alone(replan: Replan) -> None:
+    assert to_do(replan("index.write_faiss=true")) == {"collect": 0, "embed": 0, "index": 12, "retrieve": 0, "score": 0}
+
+
 def test_encoder_seed_is_a_reason(replan: Replan) -> None:
     plan = replan("encoders.quickstart_clip.seed=1")
-    assert to_do(plan)["embed"] == 24 and any("encoder." in reason and "0 -> 1" in reason for reason in why(plan).values())
+    assert to_do(plan)["embed"] == 24
+    assert any("encoder." in reason and "0 -> 1" in reason for reason in why(plan).values())
 
 
 def test_a_second_encoder_shares_the_tables(replan: Replan) -> None:
-    assert to_do(replan("encoders=[quickstart_clip, tests.toy_encoder]")) == {"collect": 0, "embed": 24, "index": 12, "retrieve": 24, "score": 24}
+    plan = replan("encoders=[quickstart_clip, tests.toy_encoder]")
+    assert to_do(plan) == {"collect": 0, "embed": 24, "index": 12, "retrieve": 24, "score": 24}
 
 
 def test_the_order_in_which_pools_are_listed_does_not_matter(replan: Replan) -> None:
@@ -95,7 +102,8 @@ def test_changed_content_runs_what_depends_on_it(tmp_path: Path) -> None:
     assert made[1:4] == [0, 0, 0] and made[4] == 2
 
 
-def test_plan_and_status_as_json(quick_run: Experiment, small_arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_and_status_as_json(
+        quick_run: Experiment, small_arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["quickstart", f"work_dir={quick_run.work_dir}", *small_arguments, "--json"]
     assert main(["status", *arguments]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]

@@ -78,10 +78,12 @@ def kill(group: int) -> None:
         time.sleep(0.002)
 
 
-def work_and_be_killed(forks: Forks, experiment: Experiment, arguments: list[str], stage: str, chance: random.Random) -> bool:
-    """Start one to three workers, kill all of them soon after some files (temporaries count) appeared; were they alive?"""
+def work_and_be_killed(forks: Forks, experiment: Experiment, arguments: list[str], stage: str,
+                       chance: random.Random) -> bool:
+    """Start one to three workers, kill all soon after some files (temporaries count) appeared; were they alive?"""
     count, target = chance.randint(1, 3), num_files(experiment, stage) + chance.randint(1, 6)
-    groups = [forks.start([stage, "quickstart", *arguments, "--worker", f"{number}/{count}"]) for number in range(count)]
+    command = [stage, "quickstart", *arguments]
+    groups = [forks.start([*command, "--worker", f"{number}/{count}"]) for number in range(count)]
     while num_files(experiment, stage) < target and any(alive(group) for group in groups):
         time.sleep(0.002)
     time.sleep(chance.random() * 0.03)
@@ -120,7 +122,8 @@ def _is_done(experiment: Experiment, stage: str) -> bool:
     return make_plan(experiment).is_done(stage)
 
 
-def test_one_deleted_shard_is_made_again_and_nothing_else(quick_run: Experiment, small_arguments: list[str], tmp_path: Path) -> None:
+def test_one_deleted_shard_is_made_again_and_nothing_else(
+        quick_run: Experiment, small_arguments: list[str], tmp_path: Path) -> None:
     """On a copy of a finished run: the shard comes back with its old bytes, no other file is written."""
     subprocess.run(["cp", "-r", f"{quick_run.work_dir}/.", str(tmp_path)], check=True)
     experiment = load("quickstart", [f"work_dir={tmp_path}", *small_arguments])

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from pipeline.tables import CANDIDATES, QRELS, QUERIES, Candidate, Qrel, Query, digest, table_of
 
 TEXT = st.none() | st.text(max_size=8)
-ROWS = st.lists(st.builds(Candidate, st.text(max_size=4), TEXT, TEXT, st.sampled_from(["text", "image", "image,text"])), max_size=12)
-QUERY_ROWS = st.lists(st.builds(Query, st.text(max_size=4), TEXT, TEXT, st.just("text"), st.lists(st.text(max_size=3), max_size=3),
-                                st.lists(st.text(max_size=3), max_size=3)), max_size=8)
+TEXTS = st.lists(st.text(max_size=3), max_size=3)
+MODALITIES = st.sampled_from(["text", "image", "image,text"])
+ROWS = st.lists(st.builds(Candidate, st.text(max_size=4), TEXT, TEXT, MODALITIES), max_size=12)
+QUERY_ROWS = st.lists(st.builds(Query, st.text(max_size=4), TEXT, TEXT, st.just("text"), TEXTS, TEXTS), max_size=8)
 
 
 @given(ROWS, ROWS)
@@ -52,4 +53,5 @@ def test_a_zero_grade_is_kept_and_an_empty_table_has_its_schema() -> None:
 
 def test_a_required_column_refuses_null() -> None:
     with pytest.raises(pa.ArrowInvalid):
-        pq.write_table(table_of([Candidate("1:1", None, None, None)], CANDIDATES), pa.BufferOutputStream())  # type: ignore[arg-type]
+        table = table_of([Candidate("1:1", None, None, None)], CANDIDATES)  # type: ignore[arg-type]
+        pq.write_table(table, pa.BufferOutputStream())

@@ -35,6 +35,12 @@ _NAMED = 20  # so many examples of a flaw are named in a manifest; the rest is c
 
 @dataclass(frozen=True)
 class Params(artifacts.Params):
+    """How a table is read: `subject` is a task or a pool, `options` the adapter's own, as canonical JSON."""
+
+    adapter: str
+    split: str
+    subject: str
+    options: str
     rows_per_shard: int
 
 
@@ -116,7 +122,8 @@ class _Census:
         for row in rows:
             identifier = row[0]
             if identifier in self.ids:
-                raise UserError(f"duplicate {self.noun} id '{identifier}'", do="ids must be unique: mend the benchmark's file")
+                raise UserError(f"duplicate {self.noun} id '{identifier}'",
+                                do="ids must be unique: mend the benchmark's file")
             self.ids.add(identifier)
             self.modalities[row.modality] += 1
             if row.image is not None and self.check_images and self.images.size(row.image) is None:
@@ -149,7 +156,8 @@ def _collect_task(job: TaskJob, runtime: Runtime) -> tuple[int, dict[str, Any]]:
         raise UserError(f"task {job.task.name} has no qrels", do="nothing could be scored: check its qrels file")
     write_table(job.artifact.path("qrels.parquet"), qrels, job.artifact.fingerprint)
     return len(census.ids), {
-        **census.facts(), "shards": shards, "digest": _joined(shards), "qrels_rows": len(qrels), "qrels_digest": digest(qrels),
+        **census.facts(), "shards": shards, "digest": _joined(shards),
+        "qrels_rows": len(qrels), "qrels_digest": digest(qrels),
         "candidate_modality": adapter.candidate_modality(job.benchmark, job.task)}
 
 
@@ -205,7 +213,8 @@ def _audit(job: AuditJob) -> tuple[int, dict[str, Any]]:
 
 
 def _ids(table: Artifact, column: str) -> pa.ChunkedArray:
-    return _read_ids(table.directory, table.fingerprint, tuple(shard["file"] for shard in table.manifest()["shards"]), column)
+    files = tuple(shard["file"] for shard in table.manifest()["shards"])
+    return _read_ids(table.directory, table.fingerprint, files, column)
 
 
 def _read_ids(directory: Path, fingerprint: str, files: Sequence[str], column: str) -> pa.ChunkedArray:
@@ -215,5 +224,6 @@ def _read_ids(directory: Path, fingerprint: str, files: Sequence[str], column: s
 
 @lru_cache(maxsize=1)  # all tasks that search one pool are audited one after the other
 def _pool_ids(pools: tuple[tuple[Path, str], ...], files: tuple[tuple[str, ...], ...]) -> pa.ChunkedArray:
-    members = [_read_ids(directory, fingerprint, names, "candidate_id") for (directory, fingerprint), names in zip(pools, files)]
+    members = [_read_ids(directory, fingerprint, names, "candidate_id")
+               for (directory, fingerprint), names in zip(pools, files)]
     return pa.chunked_array([chunk for member in members for chunk in member.chunks], pa.string())

@@ -1,8 +1,9 @@
 """embed: one shard of a queries or candidates table -> one shard of embeddings.
 
 Shards are a property of the data, so any number of workers, now or after a kill, makes the same files. All shards
-of one encoder form one stream: weights load once, and the loaders never run dry between two shards. A broken image is a value (`flaw`): its item is encoded from its text alone, or as the zero vector, whose score
-with everything is 0; more of them than `max_flawed` and the shard is not written.
+of one encoder form one stream: weights load once, and the loaders never run dry between two shards. A broken image
+is a value (`flaw`): its item is encoded from its text alone, or as the zero vector, whose score with everything is
+0; more of them than `max_flawed` and the shard is not written.
 """
 
 from __future__ import annotations
@@ -84,14 +85,14 @@ def units(job: Job) -> list[str]:
     return [shard_file("embeddings", number) for number in range(len(job.shards))]
 
 
-
 def facts(job: Job, runtime: Runtime) -> dict[str, Any]:
     """Rows, dimension and flaws of the whole; UserError if shards disagree or flaws exceed what is tolerated."""
     found = [shard_facts(job.artifact.path(unit), job.artifact.fingerprint) for unit in units(job)]
     for unit, shard, source in zip(units(job), found, job.shards):
         if shard.rows != source["rows"] or shard.dimension != found[0].dimension:
-            raise UserError(f"{unit} has {shard.rows} rows of dimension {shard.dimension}, not {source['rows']} of {found[0].dimension}",
-                            str(job.artifact.directory), f"delete it and run again: rm {job.artifact.path(unit)}")
+            has = f"{unit} has {shard.rows} rows of dimension {shard.dimension}"
+            raise UserError(f"{has}, not {source['rows']} of {found[0].dimension}", str(job.artifact.directory),
+                            f"delete it and run again: rm {job.artifact.path(unit)}")
     flaws = [flaw for unit in units(job) for flaw in _flaws_in(job, unit)]
     if len(flaws) > runtime.max_flawed:
         raise _too_many(flaws, runtime.max_flawed)
@@ -103,8 +104,9 @@ def accept(job: Job, runtime: Runtime) -> None:
     """Finished embeddings may have been made when more flaws were tolerated than now."""
     flaws = job.artifact.manifest()["flaws"]
     if flaws["count"] > runtime.max_flawed:
-        raise UserError(f"{job.artifact.name}: {flaws['count']} items have a broken image, {runtime.max_flawed} tolerated", do=(
-            "\n".join(flaws["first"][:5]) + f"\ntolerate them with embed.max_flawed={flaws['count']}, or mend the images and then: "
+        subject, listed = job.artifact.name, "\n".join(flaws["first"][:5])
+        raise UserError(f"{subject}: {flaws['count']} items have a broken image, {runtime.max_flawed} tolerated", do=(
+            f"{listed}\ntolerate them with embed.max_flawed={flaws['count']}, or mend the images and then: "
             f"rm -r {job.artifact.directory}"))
 
 
@@ -117,8 +119,8 @@ def _flaws_in(job: Job, unit: str) -> list[str]:
 def _too_many(flaws: Sequence[str], tolerated: int) -> UserError:
     more = f"\n... and {len(flaws) - 10} more" if len(flaws) > 10 else ""
     return UserError(f"{len(flaws)} items have a broken image, {tolerated} tolerated", do=(
-        "\n".join(flaws[:10]) + more + f"\nmend the images, or tolerate them with embed.max_flawed={len(flaws)}; shards with "
-        "more than the tolerated number were not written, everything else stays"))
+        "\n".join(flaws[:10]) + more + f"\nmend the images, or tolerate them with embed.max_flawed={len(flaws)}; "
+        "shards with more than the tolerated number were not written, everything else stays"))
 
 
 def make(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:

@@ -8,7 +8,7 @@ only, and is approximate: `retrieve` measures its recall against the exact searc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import artifacts, indexes
@@ -31,6 +31,10 @@ class Params(artifacts.Params):
     @property
     def is_exact(self) -> bool:
         return self.factory == "Flat"
+
+    def needed(self) -> Params:
+        """Without what has no bearing: a flat index is not trained."""
+        return replace(self, train_rows=0, seed=0) if self.is_exact else self
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def make(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
 
 def _build_faiss(job: Job, store: EmbeddingStore) -> None:
     params = job.params
-    index = indexes.build_index(params.factory, store.blocks, store.dimension, store.rows, params.train_rows, params.seed)
+    index = indexes.build_index(params.factory, store.blocks, store.dimension, store.rows,
+                                params.train_rows, params.seed)
     with atomic_path(job.artifact.path(FAISS)) as path:
         indexes.write_index(index, path)
 

@@ -53,6 +53,12 @@ class Member:
     index: Artifact
     faiss_file: str
 
+    def as_input(self) -> tuple[str, str]:
+        """What a run depends on: an approximate index, or only the vectors, of which an exact search is a function."""
+        if self.faiss_file:
+            return f"index {self.index.name}", self.index.fingerprint
+        return f"pool {self.embeddings.name}", self.embeddings.fingerprint
+
 
 @dataclass(frozen=True)
 class Job:
@@ -149,12 +155,14 @@ class _Search:
     def _check_dimension(self, queries_QD: np.ndarray, queries: _Queries) -> None:
         if queries_QD.shape[1] != self.pool.dimension:
             raise UserError(f"queries have dimension {queries_QD.shape[1]}, the pool has {self.pool.dimension}",
-                            f"{queries.job.queries.label}, {self.pool.members[0].name}", "they must come from one encoder")
+                            f"{queries.job.queries.label}, {self.pool.members[0].name}",
+                            "they must come from one encoder")
 
     def _exact(self, queries_QD: np.ndarray) -> indexes.Hits:
+        blocks = ((block.first_row, block.vectors_ND) for block in self.pool.blocks())
         return indexes.exact_search(
-            queries_QD, ((block.first_row, block.vectors_ND) for block in self.pool.blocks()), self.id_order, self.depth,
-            self.statistics, device=resolve_device(self.runtime.device), coarse=self.runtime.coarse,
+            queries_QD, blocks, self.id_order, self.depth, self.statistics,
+            device=resolve_device(self.runtime.device), coarse=self.runtime.coarse,
             memory_bytes=int(self.runtime.memory_gb * 2**30))
 
     def _approximate(self, queries_QD: np.ndarray) -> indexes.Hits:
@@ -171,7 +179,8 @@ class _Search:
         """Share of the exact top-k that the index finds, on queries spread evenly over the task."""
         store = EmbeddingStore.of(job.queries)
         queries_QD = np.concatenate([block.vectors_ND for block in store.blocks()])
-        sample = np.unique(np.linspace(0, len(queries_QD) - 1, min(len(queries_QD), job.params.recall_queries)).astype(int))
+        count = min(len(queries_QD), job.params.recall_queries)
+        sample = np.unique(np.linspace(0, len(queries_QD) - 1, count).astype(int))
         exact, found = self._exact(queries_QD[sample]), self._approximate(queries_QD[sample])
         cutoffs = sorted({min(10, self.depth), self.depth})
         recall = {f"recall@{cutoff}": indexes.recall_against_exact(found, exact, cutoff) for cutoff in cutoffs}
@@ -183,8 +192,8 @@ class _Search:
         ranks_QK = np.broadcast_to(np.arange(1, rows_QK.shape[1] + 1, dtype=np.int32), rows_QK.shape)
         repeated = np.repeat(np.arange(len(rows_QK)), found_QK.sum(axis=1))
         return pa.Table.from_arrays([
-            query_ids.take(pa.array(repeated)), pa.array(ranks_QK[found_QK]), self.ids.take(pa.array(rows_QK[found_QK])),
-            pa.array(scores_QK[found_QK])], schema=RUN)
+            query_ids.take(pa.array(repeated)), pa.array(ranks_QK[found_QK]),
+            self.ids.take(pa.array(rows_QK[found_QK])), pa.array(scores_QK[found_QK])], schema=RUN)
 
 
 def facts(job: Job, runtime: Runtime) -> dict[str, Any]:

@@ -78,8 +78,8 @@ def facts(job: Job, runtime: Runtime) -> dict[str, Any]:
 
 def tables_of(artifact: Artifact, columns: Sequence[str]) -> pa.Table:
     """All shards of a collected table, some of its columns."""
-    shards = artifact.manifest()["shards"]
-    return pa.concat_tables([read_table(artifact.path(shard["file"]), artifact.fingerprint, columns) for shard in shards])
+    files = [shard["file"] for shard in artifact.manifest()["shards"]]
+    return pa.concat_tables([read_table(artifact.path(file), artifact.fingerprint, columns) for file in files])
 
 
 def run_table(artifact: Artifact) -> pa.Table:
@@ -94,21 +94,22 @@ def _score(job: Job, query_ids: pa.ChunkedArray) -> tuple[dict[str, Any], pa.Tab
     qrels = qrels.filter(pc.is_in(qrels["query_id"], value_set=query_ids))  # the audit has counted the others
     judged = judge(run, qrels, query_ids)
     values = evaluate(judged, [Metric.parse(name) for name in job.params.metrics])
-    scores = {"queries": len(query_ids), "headline": str(Metric.parse(job.params.headline)), "metrics": _means(values, job.params),
-              "queries_without_relevant": judged.unjudged, "queries_without_hits": judged.unanswered,
-              "wrong_modality_at_1": _wrong_modality(job, run)}
+    scores = {"queries": len(query_ids), "headline": str(Metric.parse(job.params.headline)),
+              "metrics": _means(values, job.params), "queries_without_relevant": judged.unjudged,
+              "queries_without_hits": judged.unanswered, "wrong_modality_at_1": _wrong_modality(job, run)}
     columns = [pa.array(values[name].astype(np.float32)) for name in values]
     return scores, pa.Table.from_arrays([query_ids.combine_chunks(), *columns], schema=per_query_schema(values))
 
 
 def _means(values: dict[str, np.ndarray], params: Params) -> dict[str, dict[str, float]]:
-    low_M, high_M = bootstrap_interval(np.stack(list(values.values()), axis=1), params.confidence, params.resamples, params.seed)
+    values_QM = np.stack(list(values.values()), axis=1)
+    low_M, high_M = bootstrap_interval(values_QM, params.confidence, params.resamples, params.seed)
     return {name: {"mean": float(np.mean(values[name])), "low": float(low), "high": float(high)}
             for name, low, high in zip(values, low_M, high_M)}
 
 
 def _wrong_modality(job: Job, run: pa.Table) -> float | None:
-    """Share of the rank-1 candidates whose modality is not the one the task seeks; None if it seeks none in particular."""
+    """Share of the rank-1 candidates whose modality is not the one the task seeks; None if any will do."""
     sought = job.task.manifest()["candidate_modality"]
     first = run.filter(pc.equal(run["rank"], 1))["candidate_id"]
     if sought is None or not len(first):

@@ -18,8 +18,10 @@ from pipeline.support.errors import UserError, nearest
 def plugin_names(package: str, requires: Sequence[str]) -> list[str]:
     """Names of the plug-ins in a package, sorted; read from their source, because importing one may cost seconds."""
     folder = Path(importlib.import_module(package).__path__[0])
-    wanted = [re.compile(rf"^(?:def {name}\(|class {name}\b|{name} = |from .* import .*\b{name}\b)", re.MULTILINE) for name in requires]
-    return sorted(path.stem for path in folder.glob("[a-z]*.py") if all(pattern.search(path.read_text()) for pattern in wanted))
+    wanted = [re.compile(rf"^(?:def {name}\(|class {name}\b|{name} = |from .* import .*\b{name}\b)", re.MULTILINE)
+              for name in requires]
+    return sorted(path.stem for path in folder.glob("[a-z]*.py")
+                  if all(pattern.search(path.read_text()) for pattern in wanted))
 
 
 def load_plugin(kind: str, package: str, name: str, requires: Sequence[str]) -> ModuleType:
@@ -31,10 +33,11 @@ def load_plugin(kind: str, package: str, name: str, requires: Sequence[str]) -> 
         found = None
     if found is None:
         known = plugin_names(package, requires)
-        raise UserError(f"{kind} '{name}' is not known", do="\n".join(
-            line for line in (nearest(name, known), f"all: {', '.join(known)} (or a dotted path to your own module)") if line))
+        advice = [nearest(name, known), f"all: {', '.join(known)} (or a dotted path to your own module)"]
+        raise UserError(f"{kind} '{name}' is not known", do="\n".join(line for line in advice if line))
     module = importlib.import_module(path)
     lacking = [function for function in requires if not hasattr(module, function)]
     if lacking:
-        raise UserError(f"{kind} '{name}' defines no {', '.join(lacking)}", str(found.origin), f"see pipeline/{package.split('.')[-1]}/__init__.py")
+        raise UserError(f"{kind} '{name}' defines no {', '.join(lacking)}", str(found.origin),
+                        f"see pipeline/{package.split('.')[-1]}/__init__.py")
     return module
