@@ -25,7 +25,6 @@ def audit(query_ids: pa.ChunkedArray, qrels: pa.Table, candidate_ids: pa.Chunked
 
     `ceiling[metric]` is the mean over queries of the best value that any run over this pool could reach.
     """
-    _refuse_duplicates(candidate_ids)
     known = pc.is_in(qrels["query_id"], value_set=query_ids)
     unknown = qrels.filter(pc.invert(known))
     qrels = qrels.filter(known)
@@ -43,8 +42,8 @@ def audit(query_ids: pa.ChunkedArray, qrels: pa.Table, candidate_ids: pa.Chunked
     }
 
 
-def _refuse_duplicates(candidate_ids: pa.ChunkedArray) -> None:
-    """Within a pool collect has seen to it; between the members of a union it is seen to here."""
+def refuse_duplicates(candidate_ids: pa.ChunkedArray) -> None:
+    """UserError if an id stands in two members of a union (within one pool there is none: collect has seen to it)."""
     if pc.count_distinct(candidate_ids).as_py() == len(candidate_ids):
         return
     counts = pc.value_counts(candidate_ids)

@@ -199,8 +199,7 @@ class _Planner:
 
     def retrieved(self, name: str, queries: embed.Job, members: tuple[retrieve.Member, ...]) -> retrieve.Job:
         inputs = {"queries": queries.artifact.fingerprint, **dict(map(retrieve.Member.as_input, members))}
-        chosen = self.settings.retrieve
-        params = retrieve.Params(chosen.depth, 0 if self.settings.index.is_exact else chosen.recall_queries)
+        params = part(self.settings.retrieve, retrieve.Params).needed(self.settings.index.is_exact)
         artifact = self.artifact("retrieve", f"{name}.{slug(self.settings.index.factory)}", params, inputs)
         job: retrieve.Job = self.add("retrieve", retrieve.Job(artifact, queries.artifact, len(queries.shards), members))
         return job

@@ -123,7 +123,11 @@ def run_embed_processes(experiment: Experiment, command: Sequence[str], count: i
             environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
         share = ["--worker", f"{number}/{count}"]
         workers.append(subprocess.Popen([sys.executable, "-m", "pipeline", *command, *share], env=environment))
-    codes = [worker.wait() for worker in workers]
+    try:
+        codes = [worker.wait() for worker in workers]
+    finally:  # interrupted: they must not go on without us
+        for worker in workers:
+            worker.terminate()
     if _missing(make_plan(experiment), "embed") and any(codes):
         raise UserError(f"{sum(map(bool, codes))} of {count} embed workers failed; their messages stand above")
     outcome = run_stage(experiment, "embed")  # seals, and makes what a worker that died has left

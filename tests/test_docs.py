@@ -45,7 +45,8 @@ def test_the_benchmark_of_the_readme_runs_and_its_scores_are_right(own_code: Pat
     (own_code / "my_data").mkdir()
     riddles = [{"id": "q1", "text": "bee bee", "answer": "a1"}, {"id": "q2", "text": "zoo zoo", "answer": "a1"}]
     (own_code / "my_data/riddles.json").write_text(json.dumps(riddles))
-    (own_code / "my_data/answers.json").write_text(json.dumps([{"id": "a1", "text": "bee"}, {"id": "a2", "text": "zoo"}]))
+    answers = [{"id": "a1", "text": "bee"}, {"id": "a2", "text": "zoo"}]
+    (own_code / "my_data/answers.json").write_text(json.dumps(answers))
     done = run(own_code, "run", "my_experiment.yaml", "retrieve.depth=3", "--json")
     assert done.returncode == 0, done.stderr
     scores, = json.loads(done.stdout)["scores"]
@@ -62,7 +63,8 @@ def test_every_command_and_option_of_the_readme_exists() -> None:
     table = set(re.findall(r"^\| ((?:`[a-z-]+` ?)+) \|", README, re.MULTILINE))
     named = {name for row in table for name in re.findall(r"`([a-z-]+)`", row)}
     assert named - {"open_clip", "uniir_clip"} == commands
-    for key, value in re.findall(r"'?\b((?:embed|index|local|log|collect|benchmark|retrieve)\.[a-z_.]+)=(\S*?)'?(?=[\s`])", README):
+    option = r"'?\b((?:embed|index|local|log|collect|benchmark|retrieve)\.[a-z_.]+)=(\S*?)'?(?=[\s`])"
+    for key, value in re.findall(option, README):
         load("mbeir_clip_sf", [f"{key}={value.rstrip(',;')}"])
     for key in re.findall(r"`((?:embed|index|local|log|collect|retrieve)\.[a-z_]+)`", README):
         assert key in load("quickstart").origins, key

@@ -31,7 +31,8 @@ def test_every_output_is_written(quick_run: Experiment) -> None:
     assert list(results.glob("final_tsv/*.tsv")) and (quick_run.directory / "report/tables.md").exists()
     line = (results / "run_files/quickstart_clip.scenes_task0.local.txt").read_text().splitlines()[0].split()
     assert len(line) == 6 and line[1] == "Q0" and line[3] == "1"
-    record = json.loads((results / "retrieved_candidates/quickstart_clip.scenes_task0.local.jsonl").read_text().splitlines()[0])
+    retrieved = results / "retrieved_candidates/quickstart_clip.scenes_task0.local.jsonl"
+    record = json.loads(retrieved.read_text().splitlines()[0])
     scores = [candidate["score"] for candidate in record["candidates"]]
     assert record["query"]["query_id"] and scores == sorted(scores, reverse=True)
 
@@ -47,7 +48,8 @@ def test_the_second_run_makes_nothing_and_says_so(quick_run: Experiment, small_a
 def test_a_run_without_work_needs_no_torch(quick_run: Experiment, small_arguments: list[str]) -> None:
     code = ("import sys; from pipeline.cli import main; code = main(sys.argv[1:]); "
             "assert 'torch' not in sys.modules and 'faiss' not in sys.modules; sys.exit(code)")
-    done = subprocess.run([sys.executable, "-c", code, "run", "quickstart", f"work_dir={quick_run.work_dir}", *small_arguments],
+    arguments = [f"work_dir={quick_run.work_dir}", *small_arguments]
+    done = subprocess.run([sys.executable, "-c", code, "run", "quickstart", *arguments],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -55,16 +57,20 @@ def test_a_run_without_work_needs_no_torch(quick_run: Experiment, small_argument
 @pytest.mark.timeout(300)
 def test_two_processes_make_the_bytes_of_one(quick_run: Experiment, small_arguments: list[str], tmp_path: Path) -> None:
     arguments = [f"work_dir={tmp_path}", *small_arguments, "local.workers=2"]
-    done = subprocess.run([sys.executable, "-m", "pipeline", "run", "quickstart", *arguments], cwd=ROOT, capture_output=True,
-                          text=True, env=dict(os.environ))
+    done = subprocess.run([sys.executable, "-m", "pipeline", "run", "quickstart", *arguments],
+                          cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     from pipeline.config import load
     assert contents(load("quickstart", arguments)) == contents(quick_run)
-    assert {path.name for path in (tmp_path / "experiments/quickstart/logs").iterdir()} >= {"embed.000.log", "embed.001.log"}
+    logs = {path.name for path in (tmp_path / "experiments/quickstart/logs").iterdir()}
+    assert logs >= {"embed.000.log", "embed.001.log"}
 
 
 def test_a_failing_worker_is_reported(small_arguments: list[str], tmp_path: Path) -> None:
     """Each worker prints its own message; the run ends with the user's exit code and keeps what was made."""
-    arguments = [f"work_dir={tmp_path}", *small_arguments, "local.workers=2", "encoders=[tests.toy_encoder]", "embed.device=nonsense"]
-    done = subprocess.run([sys.executable, "-m", "pipeline", "run", "quickstart", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "'nonsense' is not a device" in done.stderr and "embed workers failed" in done.stderr
+    arguments = [f"work_dir={tmp_path}", *small_arguments, "local.workers=2", "encoders=[tests.toy_encoder]",
+                 "embed.device=nonsense"]
+    done = subprocess.run([sys.executable, "-m", "pipeline", "run", "quickstart", *arguments],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'nonsense' is not a device" in done.stderr and "embed workers failed" in done.stderr

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.benchmarks import Benchmark, mbeir
-from pipeline.benchmarks.mini_mbeir_world.asking import World
 from pipeline.benchmarks.mini_mbeir_world.spaces import SPLITS
+from pipeline.benchmarks.mini_mbeir_world.terms import World
 from pipeline.benchmarks.mini_mbeir_world.writing import TaskCounts, write_tree
 from pipeline.support.errors import UserError
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from pipeline import artifacts
 from pipeline.artifacts import MANIFEST, Artifact, shard_file
-from pipeline.audit import audit
+from pipeline.audit import audit, refuse_duplicates
 from pipeline.benchmarks import Benchmark, Task, load_adapter
 from pipeline.embeddings import read_table, write_table
 from pipeline.images import ImageStore
@@ -93,7 +93,7 @@ def facts(job: Job, runtime: Runtime) -> dict[str, Any]:
 
 
 def make(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
-    for job, unit in work:
+    for job, unit in sorted(work, key=_turn):
         if job.artifact.is_complete():
             continue
         if isinstance(job, AuditJob):
@@ -104,6 +104,12 @@ def make(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
             rows, found = _collect_task(job, runtime)
         job.artifact.seal(found)
         yield Landed(job.artifact.name, unit, rows)
+
+
+def _turn(pair: tuple[Job, str]) -> str:
+    """Tables as they come, then audits pool by pool: the ids of a pool are read once for all tasks that search it."""
+    job, _ = pair
+    return " ".join(pool.label for pool in job.pools) if isinstance(job, AuditJob) else ""
 
 
 @dataclass
@@ -222,8 +228,10 @@ def _read_ids(directory: Path, fingerprint: str, files: Sequence[str], column: s
     return pa.chunked_array([chunk for table in tables for chunk in table.column(column).chunks], pa.string())
 
 
-@lru_cache(maxsize=1)  # all tasks that search one pool are audited one after the other
+@lru_cache(maxsize=1)
 def _pool_ids(pools: tuple[tuple[Path, str], ...], files: tuple[tuple[str, ...], ...]) -> pa.ChunkedArray:
     members = [_read_ids(directory, fingerprint, names, "candidate_id")
                for (directory, fingerprint), names in zip(pools, files)]
-    return pa.chunked_array([chunk for member in members for chunk in member.chunks], pa.string())
+    ids = pa.chunked_array([chunk for member in members for chunk in member.chunks], pa.string())
+    refuse_duplicates(ids)
+    return ids

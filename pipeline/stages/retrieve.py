@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -33,8 +33,16 @@ COARSE = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Params(artifacts.Params):
+    """`faiss_parameters` is FAISS's own string, such as nprobe=16; it and the sample for recall are for approximate
+    indexes only."""
+
     depth: int
+    faiss_parameters: str
     recall_queries: int
+
+    def needed(self, is_exact: bool) -> Params:
+        """Without what has no bearing on an exact search."""
+        return replace(self, faiss_parameters="", recall_queries=0) if is_exact else self
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class _Search:
     """One pool, opened once for all that search it."""
 
     def __init__(self, job: Job, runtime: Runtime):
-        self.depth, self.runtime, self.is_exact = job.params.depth, runtime, job.is_exact
+        self.params, self.runtime, self.is_exact = job.params, runtime, job.is_exact
         members = sorted(job.members, key=lambda member: member.embeddings.name)  # as Union orders them
         self.pool = Union.of([EmbeddingStore.of(member.embeddings) for member in members])
         self.statistics = indexes.Statistics.merged(
@@ -161,7 +169,7 @@ class _Search:
     def _exact(self, queries_QD: np.ndarray) -> indexes.Hits:
         blocks = ((block.first_row, block.vectors_ND) for block in self.pool.blocks())
         return indexes.exact_search(
-            queries_QD, blocks, self.id_order, self.depth, self.statistics,
+            queries_QD, blocks, self.id_order, self.params.depth, self.statistics,
             device=resolve_device(self.runtime.device), coarse=self.runtime.coarse,
             memory_bytes=int(self.runtime.memory_gb * 2**30))
 
@@ -171,9 +179,11 @@ class _Search:
         first_row = 0
         for path, member in zip(self.indexes, self.pool.members):
             order_N = self.id_order[first_row:first_row + member.rows]
-            found.append((indexes.search_index(indexes.read_index(path), queries_QD, self.depth, order_N), first_row))
+            hits = indexes.search_index(indexes.read_index(path), queries_QD, self.params.depth, order_N,
+                                        self.params.faiss_parameters)
+            found.append((hits, first_row))
             first_row += member.rows
-        return indexes.merge_hits(found, self.id_order, self.depth)
+        return indexes.merge_hits(found, self.id_order, self.params.depth)
 
     def measure_recall(self, job: Job) -> Landed:
         """Share of the exact top-k that the index finds, on queries spread evenly over the task."""
@@ -182,7 +192,7 @@ class _Search:
         count = min(len(queries_QD), job.params.recall_queries)
         sample = np.unique(np.linspace(0, len(queries_QD) - 1, count).astype(int))
         exact, found = self._exact(queries_QD[sample]), self._approximate(queries_QD[sample])
-        cutoffs = sorted({min(10, self.depth), self.depth})
+        cutoffs = sorted({min(10, self.params.depth), self.params.depth})
         recall = {f"recall@{cutoff}": indexes.recall_against_exact(found, exact, cutoff) for cutoff in cutoffs}
         artifacts.write_json(job.artifact.path(RECALL), {"queries": len(sample), **recall})
         return Landed(job.artifact.name, RECALL, len(sample))

@@ -261,8 +261,9 @@ def test_qrels_keep_grades_strangers_and_every_row_of_a_tasks_own_file(root: Pat
 
 @pytest.mark.parametrize("message, row", [
     ("not 3", "2:1 0 2:9"), ("not 6", "2:1 0 2:9 1 2 x"), ("not 1", "{}"), ("not yes 2", "2:1 0 2:9 yes 2"),
-    ("not 1.0 2", "2:1 0 2:9 1.0 2"), ("not 1_0", "2:1 0 2:9 1_0 2"), ("not 4", "2:1 0 2:9 1"), ("not 1 two", "2:1 0 2:9 1 two"),
-    ("not 99999999999", "2:1 0 2:9 99999999999 2"), ("not UTF-8", b"2:1 0 2:\xff 1 2")])
+    ("not 1.0 2", "2:1 0 2:9 1.0 2"), ("not 1_0", "2:1 0 2:9 1_0 2"), ("not 4", "2:1 0 2:9 1"),
+    ("not 1 two", "2:1 0 2:9 1 two"), ("not 99999999999", "2:1 0 2:9 99999999999 2"),
+    ("not UTF-8", b"2:1 0 2:\xff 1 2")])
 def test_broken_qrels_are_refused_by_file_and_line(root: Path, message: str, row: str | bytes) -> None:
     path = write(root / "qrels/test/mbeir_webqa_task2_test_qrels.txt", "2:1 0 2:9 1 2", row)
     refused(message, f"{path}:2", mbeir.qrels(benchmark(root), WEBQA))

@@ -36,11 +36,12 @@ def write_benchmark(root: Path, rows: int) -> Path:
     words = "a rather ordinary sentence of an encyclopedia about something that happened somewhere " * 3
     with open(root / "cand_pool/local/mbeir_news_task2_cand_pool.jsonl", "w") as file:
         for number in range(1, rows + 1):
-            file.write(json.dumps({"did": f"3:{number}", "txt": f"{words}{number}.", "img_path": f"mbeir_images/{number % 977}/{number}.jpg",
+            file.write(json.dumps({"did": f"3:{number}", "txt": f"{words}{number}.",
+                                   "img_path": f"mbeir_images/{number % 977}/{number}.jpg",
                                    "modality": "image,text", "src_content": None}) + "\n")
     (root / "query/test/mbeir_news_task2_test.jsonl").write_text(json.dumps(
-        {"qid": "3:1", "query_txt": "Something.", "query_img_path": None, "query_modality": "text", "pos_cand_list": ["3:1"],
-         "neg_cand_list": [], "task_id": 2}) + "\n")
+        {"qid": "3:1", "query_txt": "Something.", "query_img_path": None, "query_modality": "text",
+         "pos_cand_list": ["3:1"], "neg_cand_list": [], "task_id": 2}) + "\n")
     (root / "qrels/test/mbeir_news_task2_test_qrels.txt").write_text("3:1 0 3:1 1 2\n")
     (root / "instructions/query_instructions.tsv").write_text("q\tc\tn\ti\tp\ntext\timage,text\tNews\t3\tFind it.\n")
     benchmark = root / "bench.yaml"
@@ -65,15 +66,18 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         benchmark = write_benchmark(Path(folder) / "data", options.rows)
+        pool = f"{folder}/data/cand_pool/local/mbeir_news_task2_cand_pool.jsonl"
         ours, theirs = [], []
         for number in range(options.repetitions):
-            ours.append(measure([sys.executable, "-m", "pipeline", "collect", "quickstart", f"benchmark={benchmark}", "pools=[local]",
-                                 f"work_dir={folder}/{number}", "collect.check_images=false"]))
-            theirs.append(measure([sys.executable, "-c", _UNIIR, str(Path(folder) / "data/cand_pool/local/mbeir_news_task2_cand_pool.jsonl")]))
+            ours.append(measure([sys.executable, "-m", "pipeline", "collect", "quickstart", f"benchmark={benchmark}",
+                                 "pools=[local]", f"work_dir={folder}/{number}", "collect.check_images=false"]))
+            theirs.append(measure([sys.executable, "-c", _UNIIR, pool]))
     seconds, baseline = (median(run[0] for run in runs) for runs in (ours, theirs))
     print(json.dumps({
-        "name": "collect", "work": f"{options.rows} candidates", "ours": round(options.rows / seconds), "baseline": round(options.rows / baseline),
-        "baseline_name": "json.loads of every line into a dictionary (UniIR)", "unit": "rows/s", "ratio": round(baseline / seconds, 2),
+        "name": "collect", "work": f"{options.rows} candidates",
+        "ours": round(options.rows / seconds), "baseline": round(options.rows / baseline),
+        "baseline_name": "json.loads of every line into a dictionary (UniIR)", "unit": "rows/s",
+        "ratio": round(baseline / seconds, 2),
         "peak_gb": round(max(run[1] for run in ours), 2), "baseline_peak_gb": round(max(run[1] for run in theirs), 2),
         "seconds": [round(run[0], 1) for run in ours]}))
 

@@ -1,10 +1,11 @@
-"""index and retrieve over a large pool on disk, beside UniIR's flow on the same vectors, in one run: time and peak memory.
+"""index and retrieve over a large pool on disk, beside UniIR's flow on the same vectors, in one run: time and memory.
 
     python -m tests.speed.bench_retrieve --rows 1000000 --queries 1000 --dimension 768 --depth 100
 
-UniIR loads all vectors as float32, normalises them, adds them to a flat FAISS index, writes and reads it, and searches;
-we stream the float16 shards. Every flow runs as a process of its own, alternating; the peak is that of the process, as the
-operating system tells it. One JSON line; `equal` compares the ids of both (they may differ where scores differ by 1e-6).
+UniIR loads all vectors as float32, normalises them, adds them to a flat FAISS index, writes and reads it, and
+searches; we stream the float16 shards. Every flow runs as a process of its own, alternating; the peak is that of the
+process, as the operating system tells it. One JSON line; `equal` compares the ids of both (they may differ where
+scores differ by 1e-6).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def write_store(root: Path, name: str, rows: int, cone: int, generator: Generato
     for number, start in enumerate(range(0, rows, ROWS_PER_SHARD)):
         vectors_ND = generator.vectors(min(ROWS_PER_SHARD, rows - start), cone)
         ids = [f"{name}:{start + row}" for row in range(len(vectors_ND))]
-        write_shard(artifact.path(shard_file("embeddings", number)), ids, vectors_ND, [None] * len(ids), "float16", artifact.fingerprint)
+        write_shard(artifact.path(shard_file("embeddings", number)), ids, vectors_ND, [None] * len(ids), "float16",
+                    artifact.fingerprint)
     artifact.seal({"rows": rows, "dimension": generator.dimension})
 
 
@@ -51,7 +53,7 @@ def ours(root: Path, work: Path, depth: int) -> None:
     list(index.make([(indexed, unit) for unit in index.units(indexed)], index.Runtime()))
     indexed.artifact.seal(index.facts(indexed, index.Runtime()))
     member = retrieve.Member(pool, indexed.artifact, "")
-    job = retrieve.Job(Artifact(work, "run", Identity("retrieve", 1, retrieve.Params(depth, 0), {})), queries,
+    job = retrieve.Job(Artifact(work, "run", Identity("retrieve", 1, retrieve.Params(depth, "", 0), {})), queries,
                        len(EmbeddingStore.of(queries).files), (member,))
     list(retrieve.make([(job, unit) for unit in retrieve.units(job)], RUNTIME))
     job.artifact.seal(retrieve.facts(job, RUNTIME))
@@ -75,8 +77,8 @@ def uniir(root: Path, work: Path, depth: int) -> None:
 def measure(flow: str, root: Path, depth: int) -> tuple[float, float, list[str]]:
     with tempfile.TemporaryDirectory(dir=root) as work:
         started = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-m", "tests.speed.bench_retrieve", "--flow", flow, "--root", str(root), "--work", work,
-                                    "--depth", str(depth)], cwd=ROOT)
+        process = subprocess.Popen([sys.executable, "-m", "tests.speed.bench_retrieve", "--flow", flow,
+                                    "--root", str(root), "--work", work, "--depth", str(depth)], cwd=ROOT)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{flow} failed")
@@ -87,7 +89,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in (("rows", 1_000_000), ("queries", 1000), ("dimension", 768), ("depth", 100), ("repetitions", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--directory", help="where the vectors are written; they take 3 x rows x dimension x 2 bytes and more")
+    parser.add_argument("--directory",
+                        help="where the vectors are written; they take 3 x rows x dimension x 2 bytes and more")
     for name in ("flow", "root", "work"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -98,14 +101,17 @@ def main() -> None:
         root, generator = Path(folder), Generator(options.dimension)
         for name, rows, cone in (("pool", options.rows, 0), ("queries", options.queries, 1)):
             write_store(root, name, rows, cone, generator)
-            np.save(root / f"{name}.npy", np.concatenate([block.vectors_ND for block in EmbeddingStore.of(store(root, name)).blocks()]))
-        runs = [(measure("ours", root, options.depth), measure("uniir", root, options.depth)) for _ in range(options.repetitions)]
+            blocks = EmbeddingStore.of(store(root, name)).blocks()
+            np.save(root / f"{name}.npy", np.concatenate([block.vectors_ND for block in blocks]))
+        runs = [(measure("ours", root, options.depth), measure("uniir", root, options.depth))
+                for _ in range(options.repetitions)]
     seconds, baseline = median(ours[0] for ours, _ in runs), median(theirs[0] for _, theirs in runs)
     same = np.mean([a == b for a, b in zip(runs[0][0][2], runs[0][1][2])])
     print(json.dumps({
-        "name": "retrieve", "work": f"{options.queries} queries, {options.rows} x {options.dimension}, depth {options.depth}",
-        "ours": round(seconds, 1), "baseline": round(baseline, 1), "baseline_name": "UniIR's flow with faiss-cpu", "unit": "s",
-        "ratio": round(baseline / seconds, 2), "peak_gb": round(max(ours[1] for ours, _ in runs), 2),
+        "name": "retrieve",
+        "work": f"{options.queries} queries, {options.rows} x {options.dimension}, depth {options.depth}",
+        "ours": round(seconds, 1), "baseline": round(baseline, 1), "baseline_name": "UniIR's flow with faiss-cpu",
+        "unit": "s", "ratio": round(baseline / seconds, 2), "peak_gb": round(max(ours[1] for ours, _ in runs), 2),
         "baseline_peak_gb": round(max(theirs[1] for _, theirs in runs), 2), "equal": round(float(same), 5)}))
 
 

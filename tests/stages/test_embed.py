@@ -21,7 +21,8 @@ from tests import toy_encoder
 from tests.small_mbeir import COLOURS, SmallMbeir
 
 ENCODER = toy_encoder.build(toy_encoder.Params(), "cpu", "fp32")
-TEXTS = [(f"A {colour} toy.", [f"Find the picture. A {colour} toy.", f"Which picture is meant? A {colour} toy."]) for colour in COLOURS]
+TEXTS = [(f"A {colour} toy.", [f"Find the picture. A {colour} toy.", f"Which picture is meant? A {colour} toy."])
+         for colour in COLOURS]
 
 
 def embedded(small: SmallMbeir, *overrides: str) -> dict[str, tuple[list[str], np.ndarray, list[str | None]]]:
@@ -34,8 +35,9 @@ def embedded(small: SmallMbeir, *overrides: str) -> dict[str, tuple[list[str], n
         store = EmbeddingStore.of(job.artifact)
         tables = [store.shard(number) for number in range(len(store.files))]
         kind = "pool" if ".pool." in job.artifact.name else "queries"
-        found[kind] = ([value for table in tables for value in table["id"].to_pylist()], np.concatenate([vectors_of(table) for table in tables]),
-                       [value for table in tables for value in table["flaw"].to_pylist()])
+        ids = [value for table in tables for value in table["id"].to_pylist()]
+        flaws = [value for table in tables for value in table["flaw"].to_pylist()]
+        found[kind] = ids, np.concatenate([vectors_of(table) for table in tables]), flaws
     return found
 
 
@@ -43,7 +45,8 @@ def alone(text: str | None, image: Image.Image | None = None) -> np.ndarray:
     return np.asarray(ENCODER.encode([ENCODER.prepare(Item(text, image))])[0])
 
 
-@pytest.mark.parametrize("overrides", [(), ("embed.batch_size=1",), ("embed.batch_size=3", "embed.loaders=2"), ("collect.rows_per_shard=1",)])
+@pytest.mark.parametrize("overrides", [
+    (), ("embed.batch_size=1",), ("embed.batch_size=3", "embed.loaders=2"), ("collect.rows_per_shard=1",)])
 def test_every_vector_is_the_items_own(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     small = SmallMbeir(tmp_path).write()
     found = embedded(small, "embed.instruction=none", *overrides)
@@ -55,7 +58,8 @@ def test_every_vector_is_the_items_own(tmp_path: Path, overrides: tuple[str, ...
 
 def test_rules_of_instruction(tmp_path: Path) -> None:
     small = SmallMbeir(tmp_path).write()
-    assert np.array_equal(embedded(small, "embed.instruction=first")["queries"][1], [alone(texts[0]) for _, texts in TEXTS])
+    assert np.array_equal(embedded(small, "embed.instruction=first")["queries"][1],
+                          [alone(texts[0]) for _, texts in TEXTS])
     numbers = [choose_prompts("hashed", f"7:{number}", 2)[0] for number in range(1, 5)]
     assert np.array_equal(embedded(small, "embed.instruction=hashed")["queries"][1],
                           [alone(texts[number]) for (_, texts), number in zip(TEXTS, numbers) if number is not None])
@@ -74,13 +78,15 @@ def test_hashed_choice_is_pinned_and_even() -> None:
     assert [choose_prompts("hashed", f"9:{number}", 4)[0] for number in range(1, 9)] == [3, 3, 0, 0, 1, 1, 2, 1]
     counts = Counter(choose_prompts("hashed", f"9:{number}", 4)[0] for number in range(4000))
     assert set(counts) == {0, 1, 2, 3} and min(counts.values()) > 900
-    assert choose_prompts("all", "1", 3) == [0, 1, 2] and choose_prompts("none", "1", 3) == [None] == choose_prompts("first", "1", 0)
+    assert choose_prompts("all", "1", 3) == [0, 1, 2]
+    assert choose_prompts("none", "1", 3) == [None] == choose_prompts("first", "1", 0)
 
 
 def test_two_workers_make_what_one_makes(tmp_path: Path) -> None:
     small = SmallMbeir(tmp_path).write()
     one = embedded(small, "collect.rows_per_shard=1")
-    experiment = load(str(small.experiment), ["embed.storage=float32", "collect.rows_per_shard=1", f"work_dir={tmp_path}/second"])
+    overrides = ["embed.storage=float32", "collect.rows_per_shard=1", f"work_dir={tmp_path}/second"]
+    experiment = load(str(small.experiment), overrides)
     run_stage(experiment, "collect")
     second = run_stage(experiment, "embed", Share(1, 2))
     assert second.made == 8  # its own half, then the half of a worker that never came
@@ -117,7 +123,8 @@ def test_only_the_towers_that_an_item_needs_are_run(tmp_path: Path, monkeypatch:
         return prepare(self, item)
     monkeypatch.setattr(toy_encoder.ToyEncoder, "prepare", watched)
     small = SmallMbeir(tmp_path)
-    small.candidates += [{"did": f"7:{number}", "txt": "Words.", "img_path": None, "modality": "text"} for number in range(5, 9)]
+    small.candidates += [{"did": f"7:{number}", "txt": "Words.", "img_path": None, "modality": "text"}
+                         for number in range(5, 9)]
     embedded(small.write())
     assert kinds == [False] * 4 + [False] * 4 + [True] * 4
 
@@ -127,4 +134,5 @@ def test_manifest_tells_rows_dimension_and_identity(tmp_path: Path) -> None:
     embedded(small)
     for path in (tmp_path / "work/artifacts/embed").glob("*/manifest.json"):
         manifest = json.loads(path.read_text())
-        assert manifest["rows"] == 4 and manifest["dimension"] == 8 and manifest["params"]["encoder"]["module"] == "tests.toy_encoder"
+        assert manifest["rows"] == 4 and manifest["dimension"] == 8
+        assert manifest["params"]["encoder"]["module"] == "tests.toy_encoder"

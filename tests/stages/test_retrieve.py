@@ -1,4 +1,4 @@
-"""Runs equal brute force over the stored vectors; unions equal one concatenated pool; approximations say by how much."""
+"""Runs equal brute force over stored vectors; unions equal one concatenated pool; approximations say by how much."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pipeline.support.errors import UserError
 from tests.test_embeddings import make_store
 
 RANDOM = np.random.default_rng(3)
-POOLS = {name: RANDOM.standard_normal((rows, 16)).astype(np.float16).astype(np.float32) for name, rows in (("b", 40), ("a", 61), ("c", 1))}
+POOLS = {name: RANDOM.standard_normal((rows, 16)).astype(np.float16).astype(np.float32)
+         for name, rows in (("b", 40), ("a", 61), ("c", 1))}
 POOLS["b"][7] = POOLS["a"][3]  # the same content under two ids: ties
 POOLS["a"][50] = POOLS["a"][3]
 QUERIES = RANDOM.standard_normal((30, 16)).astype(np.float16).astype(np.float32)
@@ -36,7 +37,7 @@ def complete(module: Any, job: Any, runtime: Any) -> Artifact:
 
 def search(root: Path, pools: dict[str, np.ndarray], queries_QD: np.ndarray, factory: str = "Flat", depth: int = 9,
            runtime: retrieve.Runtime = RUNTIME, write_faiss: bool = False, rows_per_shard: int = 17,
-           ids: Sequence[str] | None = None) -> Artifact:
+           ids: Sequence[str] | None = None, parameters: str = "") -> Artifact:
     """A complete run of these queries over the union of these pools (ids are name:row unless others are given)."""
     params = index.Params(factory, write_faiss, 1000, 0)
     members = []
@@ -44,9 +45,11 @@ def search(root: Path, pools: dict[str, np.ndarray], queries_QD: np.ndarray, fac
         embedded = make_store(root, name, vectors_ND, rows_per_shard, "float16", ids)
         identity = Identity("index", 1, params, {"embeddings": embedded.fingerprint})
         pool = index.Job(Artifact(root, f"{name}.index", identity), embedded)
-        members.append(retrieve.Member(embedded, complete(index, pool, index.Runtime()), "" if params.is_exact else index.FAISS))
+        indexed = complete(index, pool, index.Runtime())
+        members.append(retrieve.Member(embedded, indexed, "" if params.is_exact else index.FAISS))
     queries = make_store(root, "queries", queries_QD, 8, "float16")
-    artifact = Artifact(root, "run", Identity("retrieve", 1, retrieve.Params(depth, 20), {"pools": ",".join(pools)}))
+    identity = Identity("retrieve", 1, retrieve.Params(depth, parameters, 20), {"pools": ",".join(pools)})
+    artifact = Artifact(root, "run", identity)
     job = retrieve.Job(artifact, queries, len(EmbeddingStore.of(queries).files), tuple(members))
     return complete(retrieve, job, runtime)
 
@@ -99,14 +102,16 @@ def test_a_union_equals_one_concatenated_pool_exactly(tmp_path: Path) -> None:
     replace(RUNTIME, queries_per_pass=1), replace(RUNTIME, queries_per_pass=10**6), replace(RUNTIME, coarse="float32"),
     replace(RUNTIME, coarse="bfloat16"), replace(RUNTIME, memory_gb=1e-5)])
 def test_speed_settings_change_no_byte(tmp_path: Path, runtime: retrieve.Runtime) -> None:
-    first, second = (search(tmp_path / name, POOLS, QUERIES, runtime=chosen) for name, chosen in (("one", RUNTIME), ("two", runtime)))
+    first = search(tmp_path / "one", POOLS, QUERIES, runtime=RUNTIME)
+    second = search(tmp_path / "two", POOLS, QUERIES, runtime=runtime)
     assert [first.path(unit["file"]).read_bytes() for unit in first.manifest()["files"]] == [
         second.path(unit["file"]).read_bytes() for unit in second.manifest()["files"]]
 
 
 @pytest.mark.parametrize("order", ["abc", "cba", "bac"])
 @pytest.mark.parametrize("rows_per_shard", [1, 5, 100])
-def test_order_of_members_and_size_of_shards_change_no_hit(tmp_path: Path, order: Sequence[str], rows_per_shard: int) -> None:
+def test_order_of_members_and_size_of_shards_change_no_hit(
+        tmp_path: Path, order: Sequence[str], rows_per_shard: int) -> None:
     found = search(tmp_path, {name: POOLS[name] for name in order}, QUERIES, rows_per_shard=rows_per_shard)
     assert same(hits_of(found), brute_force(POOLS, QUERIES, 9), 1e-6)
 
@@ -125,6 +130,16 @@ def test_faiss_factories_record_their_recall(tmp_path: Path, factory: str) -> No
     sample = [f"queries:{number}" for number in np.unique(np.linspace(0, 29, 20).astype(int))]
     measured = np.mean([len({name for name, _ in found[key]} & {name for name, _ in exact[key]}) / 9 for key in sample])
     assert manifest["recall_against_exact"]["recall@9"] == pytest.approx(measured) and measured > 0.3
+
+
+def test_faiss_parameters_reach_the_index(tmp_path: Path) -> None:
+    """An inverted file that looks into all of its lists finds everything."""
+    pools = {name: POOLS[name] for name in "ab"}
+    runs = [search(tmp_path / name, pools, QUERIES, "IVF4,Flat", parameters=name) for name in ("nprobe=1", "nprobe=4")]
+    recall = [run.manifest()["recall_against_exact"]["recall@9"] for run in runs]
+    assert recall[0] < recall[1] == 1.0
+    with pytest.raises(UserError, match="retrieve.faiss_parameters"):
+        search(tmp_path / "wrong", pools, QUERIES, "IVF4,Flat", parameters="nprob=4")
 
 
 def test_a_faiss_file_can_be_written_beside_the_exact_search(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from pipeline.stages import score
 from pipeline.workers import run_stage
 from tests.small_mbeir import SmallMbeir
 
-NAMES = {"hit@5": "success_5", "recall@10": "recall_10", "precision@5": "P_5", "mrr": "recip_rank", "map": "map", "ndcg@10": "ndcg_cut_10"}
+NAMES = {"hit@5": "success_5", "recall@10": "recall_10", "precision@5": "P_5", "mrr": "recip_rank", "map": "map",
+         "ndcg@10": "ndcg_cut_10"}
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +26,18 @@ def cell(quick_run: Experiment) -> Callable[[str, str], Scored]:
     return lambda task, pool: found[task, pool]
 
 
-@pytest.mark.parametrize("task, pool", [("quiz_task8", "local"), ("quiz_task8", "union"), ("streets_task3", "union"), ("digits_task4", "local")])
+@pytest.mark.parametrize("task, pool", [
+    ("quiz_task8", "local"), ("quiz_task8", "union"), ("streets_task3", "union"), ("digits_task4", "local")])
 def test_every_query_agrees_with_pytrec_eval(cell: Callable[[str, str], Scored], task: str, pool: str) -> None:
     job = cell(task, pool).job
     qrels: dict[str, dict[str, int]] = {}
     for row in read_table(job.task.path("qrels.parquet"), job.task.fingerprint).to_pylist():
         qrels.setdefault(row["query_id"], {})[row["candidate_id"]] = row["relevance"]
     run: dict[str, dict[str, float]] = {}
-    for row in score.run_table(job.run).to_pylist():  # the rank as score: pytrec_eval must not break our ties its own way
+    for row in score.run_table(job.run).to_pylist():  # rank as score: pytrec_eval must not break our ties its own way
         run.setdefault(row["query_id"], {})[row["candidate_id"]] = 1000.0 - row["rank"]
-    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"success", "recall", "P", "recip_rank", "map", "ndcg_cut"}).evaluate(run)
+    measures = {"success", "recall", "P", "recip_rank", "map", "ndcg_cut"}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run)
     ours = read_table(job.artifact.path(score.PER_QUERY), job.artifact.fingerprint).to_pylist()
     assert len(ours) == len(theirs) > 0
     for row in ours:
@@ -54,17 +57,20 @@ def test_means_intervals_and_headline(cell: Callable[[str, str], Scored]) -> Non
 
 def test_distractors_cannot_raise_a_score(quick_run: Experiment) -> None:
     """A union only adds candidates, and relevant ones only for the task whose positives lie in another pool too."""
-    by_cell = {(scored.task.name, scored.pool): scored.job.artifact.manifest()["scores"]["metrics"] for scored in make_plan(quick_run).scored}
+    by_cell = {(scored.task.name, scored.pool): scored.job.artifact.manifest()["scores"]["metrics"]
+               for scored in make_plan(quick_run).scored}
     for task, pool in by_cell:
         if pool == "union" and task != "quiz_task8":
             for name in ("hit@5", "hit@10", "mrr"):
                 assert by_cell[task, "union"][name]["mean"] <= by_cell[task, "local"][name]["mean"]
 
 
-def test_wrong_modality_is_the_share_of_first_candidates(cell: Callable[[str, str], Scored], quick_run: Experiment) -> None:
+def test_wrong_modality_is_the_share_of_first_candidates(
+        cell: Callable[[str, str], Scored], quick_run: Experiment) -> None:
     assert cell("scenes_task0", "local").job.artifact.manifest()["scores"]["wrong_modality_at_1"] == 0
     job = cell("scenes_task3", "union").job  # seeks text
-    modality = {row["candidate_id"]: row["modality"] for pool in job.pools for row in score.tables_of(pool, ["candidate_id", "modality"]).to_pylist()}
+    pools = [score.tables_of(pool, ["candidate_id", "modality"]).to_pylist() for pool in job.pools]
+    modality = {row["candidate_id"]: row["modality"] for pool in pools for row in pool}
     first = [row["candidate_id"] for row in score.run_table(job.run).to_pylist() if row["rank"] == 1]
     expected = np.mean([modality[candidate] != "text" for candidate in first])
     assert job.artifact.manifest()["scores"]["wrong_modality_at_1"] == pytest.approx(expected)

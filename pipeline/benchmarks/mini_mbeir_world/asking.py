@@ -9,53 +9,22 @@ Legend: 3 digits of a number; G the side of a glyph as scanned (8 px).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Callable, Container, Hashable, NamedTuple
+from typing import Any, Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.benchmarks.mini_mbeir_world import drawing, wording
 from pipeline.benchmarks.mini_mbeir_world.spaces import (
     EDITS, MUSEUM, NUMBERS, QUIZ, SCENES, STREETS, Dice, Space, mix, scene_with,
 )
+from pipeline.benchmarks.mini_mbeir_world.terms import Asked, Key, Picture, Pool, Shown, World
 from pipeline.benchmarks.mini_mbeir_world.things import (
     CITIES, GROUNDS, MATERIALS, PATTERNS, RENDITIONS, SIDES,
     Entry, Fact, Number, Scene, Statement, Street,
 )
 
-Key = Hashable
-Pool = Container[Key]
 Photo = tuple[Scene, int]           # a scene and the number of a city
 StreetCaption = tuple[int, Street]  # the kind of caption and a street it is true of
-
-
-class Picture(NamedTuple):
-    """A file below the benchmark's root, and how to make it. Equal paths are equal pictures."""
-
-    path: str
-    png: Callable[[], bytes]
-
-
-class Shown(NamedTuple):
-    """One side of a pair; the words are all its attributes, for src_content."""
-
-    text: str | None
-    picture: Picture | None
-    words: dict[str, str]
-
-
-class Asked(NamedTuple):
-    shown: Shown
-    wants: tuple[Key, ...]
-
-
-@dataclass(frozen=True)
-class World:
-    """The seed, and by split the scans (per digit [N, 8, 8]) of those who write candidates and queries."""
-
-    seed: int
-    hands: dict[str, tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]]
 
 
 def _picture(space: Space[Any], row: Any, draw: Callable[[Any], bytes]) -> Picture:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 from pipeline.benchmarks.mini_mbeir_world import asking
-from pipeline.benchmarks.mini_mbeir_world.asking import Asked, Key, Pool, Shown, World
 from pipeline.benchmarks.mini_mbeir_world.spaces import (
     EDITS, FACTS, MUSEUM, NUMBERS, SCENES, STATEMENTS, STREETS, Dice, Space,
 )
+from pipeline.benchmarks.mini_mbeir_world.terms import Asked, Key, Pool, Shown, World
 
 Item = Any  # a row of things.py, or a small tuple around one
 

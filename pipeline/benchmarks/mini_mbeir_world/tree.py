@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.benchmarks.mini_mbeir_world.asking import Shown, World
 from pipeline.benchmarks.mini_mbeir_world.tasks import MiniTask
+from pipeline.benchmarks.mini_mbeir_world.terms import Shown, World
 
 # A tiny encoder learns nothing new from more than this, and load tests search test pools.
 MAX_TRAIN_SCALE = 4.0

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Iterator
 from zlib import crc32
 
-from pipeline.benchmarks.mini_mbeir_world.asking import Asked, Key, Shown, World
 from pipeline.benchmarks.mini_mbeir_world.tasks import TASKS, Item, MiniTask
 from pipeline.benchmarks.mini_mbeir_world.spaces import Dice, mix
+from pipeline.benchmarks.mini_mbeir_world.terms import Asked, Key, Shown, World
 from pipeline.benchmarks.mini_mbeir_world.tree import Tree, modality, pool_file, query_files
 
 # Queries and candidates of one task at scale 1, and the fewest at any scale.
