@@ -125,6 +125,6 @@ install() {
     fail "the installation failed; the same command tries again"
 }
 
-install_with_uv() { uv pip install ${quiet:+"--quiet"} --python .venv/bin/python "$@"; }
+install_with_uv() { uv pip install --compile-bytecode ${quiet:+"--quiet"} --python .venv/bin/python "$@"; }
 
 install_with_pip() { .venv/bin/python -m pip --disable-pip-version-check install ${quiet:+"--quiet"} "$@"; }

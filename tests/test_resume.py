@@ -21,7 +21,7 @@ from pipeline.plan import MODULES, make_plan
 from pipeline.stages import STAGES
 
 SEED = 7
-KILLS = {"collect": 12, "embed": 20, "index": 6, "retrieve": 12, "score": 10}
+KILLS = {"collect": 25, "embed": 30, "index": 8, "retrieve": 25, "score": 25}
 
 
 class Forks:
@@ -81,7 +81,7 @@ def kill(group: int) -> None:
 def work_and_be_killed(forks: Forks, experiment: Experiment, arguments: list[str], stage: str,
                        chance: random.Random) -> bool:
     """Start one to three workers, kill all soon after some files (temporaries count) appeared; were they alive?"""
-    count, target = chance.randint(1, 3), num_files(experiment, stage) + chance.randint(1, 6)
+    count, target = chance.randint(1, 3), num_files(experiment, stage) + chance.randint(1, 3)
     command = [stage, "quickstart", *arguments]
     groups = [forks.start([*command, "--worker", f"{number}/{count}"]) for number in range(count)]
     while num_files(experiment, stage) < target and any(alive(group) for group in groups):

@@ -99,7 +99,7 @@ def test_bytes_are_those_that_will_be_written(finished: Any) -> None:
 
 
 def test_runs_take_no_more_than_forecast(finished: Any) -> None:
-    plan = finished("retrieve.recall_queries=999")
+    plan = finished("retrieve.depth=101")
     files = [file for scored in finished().scored for file in scored.job.run.directory.glob("run-*.parquet")]
     footers = 4096 * len(files)  # what a file takes besides its rows says something only of tiny ones
     assert stages(plan)["retrieve"]["bytes"] >= sum(file.stat().st_size for file in files) - footers > 0
@@ -120,7 +120,7 @@ def test_reasons_are_grouped_and_name_the_change(finished: Any) -> None:
     assert found["embed"]["reasons"] == {"precision: fp32 -> bf16 (command line)": 24}
     assert found["index"]["reasons"] == {"input changed: embeddings": 12}
     assert set(found["retrieve"]["reasons"]) <= {
-        "input changed: index; input changed: queries", "input changed: index"}
+        "input changed: pool; input changed: queries", "input changed: pool"}
 
 
 def test_a_disk_that_is_too_small_is_said_aloud(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
