@@ -21,7 +21,7 @@ from functools import cached_property
 from hashlib import file_digest, sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pipeline import __version__
 from pipeline.support.errors import UserError
@@ -40,13 +40,16 @@ class Runtime:
     """Base of what changes only speed: batch size, workers, devices, memory. Never part of a fingerprint."""
 
 
+P = TypeVar("P", bound=Params)
+
+
 @dataclass(frozen=True)
-class Identity:
+class Identity(Generic[P]):
     """Everything that may change an artifact's bytes, and nothing else."""
 
     stage: str
     version: int
-    params: Params
+    params: P
     inputs: Mapping[str, str]
 
     def as_json(self) -> dict[str, Any]:
@@ -65,16 +68,20 @@ def canonical_json(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Artifact:
+class Artifact(Generic[P]):
     """A directory `<root>/<stage>/<name>-<fingerprint>` and what is in it."""
 
     root: Path
     name: str
-    identity: Identity
+    identity: Identity[P]
 
     @property
     def fingerprint(self) -> str:
         return self.identity.fingerprint
+
+    @property
+    def params(self) -> P:
+        return self.identity.params
 
     @property
     def label(self) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.artifacts import Artifact, Identity, Params, canonical_json, read_manifest
+from pipeline.artifacts import Artifact, Identity, P, canonical_json, read_manifest
 from pipeline.benchmarks import Task, load_adapter
 from pipeline.config import EncoderChoice, Experiment, part
 from pipeline.images import ImageStore
@@ -89,7 +89,7 @@ class _Planner:
                     self.search(encoder, task, pool)
         return self.result
 
-    def artifact(self, stage: str, name: str, params: Params, inputs: Mapping[str, str]) -> Artifact:
+    def artifact(self, stage: str, name: str, params: P, inputs: Mapping[str, str]) -> Artifact[P]:
         return Artifact(self.root, name, Identity(stage, MODULES[stage].VERSION, params, inputs))
 
     def add(self, stage: str, job: Any) -> Any:

@@ -47,7 +47,7 @@ def test_fingerprint_sees_params_version_and_inputs_and_no_order() -> None:
 
 def test_runtime_is_not_accepted_in_a_fingerprint() -> None:
     with pytest.raises(AssertionError):
-        Identity("embed", 1, Speed(8), {}).fingerprint  # type: ignore[arg-type]
+        Identity("embed", 1, Speed(8), {}).fingerprint  # type: ignore[type-var]
 
 
 def sealed(root: Path) -> Artifact:

@@ -100,7 +100,7 @@ def _row(plan: Plan, scored: Scored, choice: EncoderChoice, embedded: Mapping[st
     made = _made(choice, queries)
     recall = {name: value for name, value in run["recall_against_exact"].items() if name != "queries"}
     # In the order of the job: manifests sort their keys, and hit@10 would stand before hit@5.
-    metrics = {name: Value(**scores["metrics"][name]) for name in scored.job.params.metrics}
+    metrics = {name: Value(**scores["metrics"][name]) for name in scored.job.artifact.params.metrics}
     return ScoreRow(
         encoder=scored.encoder, task=scored.task.name, kind=_kind(scored), pool=scored.pool,
         queries=scores["queries"], candidates=audit["candidates"],

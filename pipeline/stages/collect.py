@@ -57,7 +57,7 @@ class Runtime(artifacts.Runtime):
 
 @dataclass(frozen=True)
 class PoolJob:
-    artifact: Artifact
+    artifact: Artifact[Params]
     benchmark: Benchmark
     pool: str
     images: ImageStore
@@ -65,7 +65,7 @@ class PoolJob:
 
 @dataclass(frozen=True)
 class TaskJob:
-    artifact: Artifact
+    artifact: Artifact[Params]
     benchmark: Benchmark
     task: Task
     images: ImageStore
@@ -75,7 +75,7 @@ class TaskJob:
 class AuditJob:
     """What can a search of this pool (one member, or the members of a union) answer for this task?"""
 
-    artifact: Artifact
+    artifact: Artifact[AuditParams]
     task: Artifact
     pools: tuple[Artifact, ...]
 
@@ -191,9 +191,10 @@ def accept(job: Job, runtime: Runtime) -> None:
             raise UserError(error.what, do=f"{error.do}\nafter mending: rm -r {job.artifact.directory}") from None
 
 
-def _write_shards(artifact: Artifact, noun: str, rows: Iterator[Any], schema: pa.Schema) -> list[dict[str, Any]]:
+def _write_shards(artifact: Artifact[Params], noun: str, rows: Iterator[Any],
+                  schema: pa.Schema) -> list[dict[str, Any]]:
     shards: list[dict[str, Any]] = []
-    rows_per_shard = artifact.identity.params.rows_per_shard  # type: ignore[attr-defined]
+    rows_per_shard = artifact.params.rows_per_shard
     while chunk := list(islice(rows, rows_per_shard)):
         table, file = table_of(chunk, schema), shard_file(noun, len(shards))
         write_table(artifact.path(file), table, artifact.fingerprint, compression="zstd")
@@ -211,7 +212,7 @@ def _audit(job: AuditJob) -> tuple[int, dict[str, Any]]:
     query_ids = _ids(job.task, "query_id")
     candidate_ids = _pool_ids(tuple((pool.directory, pool.fingerprint) for pool in job.pools), tuple(
         tuple(shard["file"] for shard in pool["shards"]) for pool in pools))
-    metrics = job.artifact.identity.params.metrics  # type: ignore[attr-defined]
+    metrics = job.artifact.params.metrics
     found = audit(query_ids, qrels, candidate_ids, metrics)
     found["missing_images"] = task["missing_images"]["count"] + sum(pool["missing_images"]["count"] for pool in pools)
     artifacts.write_json(job.artifact.path("audit.json"), found)

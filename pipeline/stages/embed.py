@@ -23,7 +23,7 @@ from pipeline.artifacts import Artifact, shard_file, shard_number
 from pipeline.devices import resolve_device
 from pipeline.embeddings import read_table, shard_facts, write_shard
 from pipeline.encoders import Encoder, load_encoder
-from pipeline.images import ImageStore
+from pipeline.images import Flaw, ImageStore
 from pipeline.loading import Batch, Source, batches, keys_of, num_loaders
 from pipeline.support.errors import UserError
 from pipeline.support.progress import Landed
@@ -54,17 +54,16 @@ class Runtime(artifacts.Runtime):
 
 @dataclass(frozen=True)
 class Job:
-    artifact: Artifact
+    artifact: Artifact[Params]
     table: Artifact
     module: str
     encoder_params: Any
     images: ImageStore
 
     @property
-    def params(self) -> Params:
-        params = self.artifact.identity.params
-        assert isinstance(params, Params)
-        return params
+    def encoder(self) -> tuple[str, Any, str]:
+        """Module, parameters and precision: jobs that share them share one encoder in memory."""
+        return self.module, self.encoder_params, self.artifact.params.precision
 
     @property
     def shards(self) -> list[dict[str, Any]]:
@@ -72,7 +71,7 @@ class Job:
 
     def source(self, unit: str) -> Source:
         shard = self.shards[shard_number(unit)]["file"]
-        return Source(self.table.path(shard), self.table.fingerprint, self.images, self.params.instruction,
+        return Source(self.table.path(shard), self.table.fingerprint, self.images, self.artifact.params.instruction,
                       self.artifact.path(unit))
 
 
@@ -124,24 +123,26 @@ def _too_many(flaws: Sequence[str], tolerated: int) -> UserError:
 
 
 def make(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
-    for _, group in groupby(work, key=lambda pair: (pair[0].module, pair[0].encoder_params, pair[0].params.precision)):
+    for _, group in groupby(work, key=lambda pair: pair[0].encoder):
         yield from _embed_with_one_encoder(list(group), runtime)
 
 
 def _embed_with_one_encoder(work: list[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
-    job = work[0][0]
-    encoder = load_encoder(job.module).build(job.encoder_params, resolve_device(runtime.device), job.params.precision)
+    module, params, precision = work[0][0].encoder
+    encoder = load_encoder(module).build(params, resolve_device(runtime.device), precision)
     refused: list[str] = []
     shards: dict[int, _Shard] = {}
     sources = [job.source(unit) for job, unit in work]
     loaders = num_loaders(runtime.loaders, sum(job.shards[shard_number(unit)]["rows"] for job, unit in work))
     for batch in batches(sources, encoder, runtime.batch_size, loaders):
-        shard = shards.setdefault(batch.position, _Shard(*work[batch.position], encoder.dimension))
+        if batch.position not in shards:
+            shards[batch.position] = _Shard(*work[batch.position], encoder.dimension)
+        shard = shards[batch.position]
         shard.take(batch, encoder)
         if shard.is_full:
             finished = shards.pop(batch.position)
             if len(finished.flaws) > runtime.max_flawed:
-                refused.extend(finished.flaws.values())
+                refused.extend(finished.named_flaws())
                 continue
             finished.write()
             yield Landed(finished.job.artifact.name, finished.unit, len(finished.ids), finished.note)
@@ -158,18 +159,20 @@ class _Shard:
     dimension: int
     started: float = field(default_factory=time.monotonic)
     encoding: float = 0.0
-    flaws: dict[int, str] = field(default_factory=dict)
-    kinds: dict[int, str] = field(default_factory=dict)
+    flaws: dict[int, Flaw] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = self.job.source(self.unit).table()
         self.ids: list[str] = rows.column(0).to_pylist()
-        self.awaited = len(keys_of(0, rows, self.job.params.instruction))
+        self.awaited = len(keys_of(0, rows, self.job.artifact.params.instruction))
         self.vectors_ND = np.zeros((len(self.ids), self.dimension), np.float32)
 
     @property
     def is_full(self) -> bool:
         return self.awaited == 0
+
+    def named_flaws(self) -> list[str]:
+        return [f"{self.ids[row]}: {flaw.kind} ({flaw.detail})" for row, flaw in sorted(self.flaws.items())]
 
     @property
     def note(self) -> str:
@@ -178,26 +181,26 @@ class _Shard:
 
     def take(self, batch: Batch, encoder: Encoder) -> None:
         self.awaited -= len(batch.keys)
-        for key, flaw in zip(batch.keys, batch.flaws):
-            if flaw is not None:
-                self.kinds[key.row] = flaw.kind
-                self.flaws[key.row] = f"{self.ids[key.row]}: {flaw.kind} ({flaw.detail})"
+        self.flaws.update({key.row: flaw for key, flaw in zip(batch.keys, batch.flaws) if flaw is not None})
         sound = [number for number, item in enumerate(batch.prepared) if item is not None]
         if not sound:
             return
         before = time.monotonic()
         encoded_BD = encoder.encode([batch.prepared[number] for number in sound])
         self.encoding += time.monotonic() - before
-        assert encoded_BD.shape == (len(sound), self.dimension), "an encoder returns one vector per item"
-        if self.job.params.instruction == "all":
+        if encoded_BD.shape != (len(sound), self.dimension):
+            what = f"the encoder returned shape {encoded_BD.shape} for {len(sound)} items, its dimension is {self.dimension}"
+            raise UserError(what, self.job.module, "encode returns float32 [B, D]: see pipeline/encoders/__init__.py")
+        if self.job.artifact.params.instruction == "all":
             encoded_BD = _unit(encoded_BD)
         np.add.at(self.vectors_ND, [batch.keys[number].row for number in sound], encoded_BD)
 
     def write(self) -> None:
         """Under the rule "all" a row holds the sum of its unit vectors, whose cosine ranks like the averaged scores."""
-        kinds = [self.kinds.get(row) for row in range(len(self.ids))]
-        write_shard(self.job.artifact.path(self.unit), self.ids, self.vectors_ND, kinds, self.job.params.storage,
-                    self.job.artifact.fingerprint)
+        artifact = self.job.artifact
+        flaws = [self.flaws[row].kind if row in self.flaws else None for row in range(len(self.ids))]
+        write_shard(artifact.path(self.unit), self.ids, self.vectors_ND, flaws, artifact.params.storage,
+                    artifact.fingerprint)
 
 
 def _unit(vectors_ND: np.ndarray) -> np.ndarray:

@@ -44,18 +44,12 @@ class Runtime(artifacts.Runtime):
 
 @dataclass(frozen=True)
 class Job:
-    artifact: Artifact
+    artifact: Artifact[Params]
     embeddings: Artifact
-
-    @property
-    def params(self) -> Params:
-        params = self.artifact.identity.params
-        assert isinstance(params, Params)
-        return params
 
 
 def units(job: Job) -> list[str]:
-    needs_faiss = job.params.write_faiss or not job.params.is_exact
+    needs_faiss = job.artifact.params.write_faiss or not job.artifact.params.is_exact
     return [STATISTICS, *([FAISS] if needs_faiss else [])]
 
 
@@ -74,7 +68,7 @@ def make(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
 
 
 def _build_faiss(job: Job, store: EmbeddingStore) -> None:
-    params = job.params
+    params = job.artifact.params
     index = indexes.build_index(params.factory, store.blocks, store.dimension, store.rows,
                                 params.train_rows, params.seed)
     with atomic_path(job.artifact.path(FAISS)) as path:
@@ -84,4 +78,4 @@ def _build_faiss(job: Job, store: EmbeddingStore) -> None:
 def facts(job: Job, runtime: Runtime) -> dict[str, Any]:
     statistics = indexes.Statistics.load(job.artifact.path(STATISTICS))
     return {"rows": statistics.rows, "dimension": statistics.dimension, "zero_vectors": statistics.zero_vectors,
-            "exact": job.params.is_exact}
+            "exact": job.artifact.params.is_exact}

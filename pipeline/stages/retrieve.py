@@ -70,7 +70,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Job:
-    artifact: Artifact
+    artifact: Artifact[Params]
     queries: Artifact
     num_shards: int
     members: tuple[Member, ...]
@@ -78,12 +78,6 @@ class Job:
     @property
     def is_exact(self) -> bool:
         return not any(member.faiss_file for member in self.members)
-
-    @property
-    def params(self) -> Params:
-        params = self.artifact.identity.params
-        assert isinstance(params, Params)
-        return params
 
     @property
     def pool_label(self) -> str:
@@ -96,8 +90,8 @@ def units(job: Job) -> list[str]:
 
 
 def make(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
-    by_pool = sorted(work, key=lambda pair: (pair[0].pool_label, pair[0].params.depth))
-    for _, group in groupby(by_pool, key=lambda pair: (pair[0].pool_label, pair[0].params.depth)):
+    by_pool = sorted(work, key=lambda pair: (pair[0].pool_label, pair[0].artifact.params.depth))
+    for _, group in groupby(by_pool, key=lambda pair: (pair[0].pool_label, pair[0].artifact.params.depth)):
         pairs = list(group)
         search = _Search(pairs[0][0], runtime)
         for job, unit in pairs:
@@ -138,7 +132,7 @@ class _Search:
     """One pool, opened once for all that search it."""
 
     def __init__(self, job: Job, runtime: Runtime):
-        self.params, self.runtime, self.is_exact = job.params, runtime, job.is_exact
+        self.params, self.runtime, self.is_exact = job.artifact.params, runtime, job.is_exact
         members = sorted(job.members, key=lambda member: member.embeddings.name)  # as Union orders them
         self.pool = Union.of([EmbeddingStore.of(member.embeddings) for member in members])
         self.statistics = indexes.Statistics.merged(
@@ -189,7 +183,7 @@ class _Search:
         """Share of the exact top-k that the index finds, on queries spread evenly over the task."""
         store = EmbeddingStore.of(job.queries)
         queries_QD = np.concatenate([block.vectors_ND for block in store.blocks()])
-        count = min(len(queries_QD), job.params.recall_queries)
+        count = min(len(queries_QD), job.artifact.params.recall_queries)
         sample = np.unique(np.linspace(0, len(queries_QD) - 1, count).astype(int))
         exact, found = self._exact(queries_QD[sample]), self._approximate(queries_QD[sample])
         cutoffs = sorted({min(10, self.params.depth), self.params.depth})

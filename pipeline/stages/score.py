@@ -44,17 +44,11 @@ class Runtime(artifacts.Runtime):
 
 @dataclass(frozen=True)
 class Job:
-    artifact: Artifact
+    artifact: Artifact[Params]
     run: Artifact
     task: Artifact
     pools: tuple[Artifact, ...]
     audit: Artifact
-
-    @property
-    def params(self) -> Params:
-        params = self.artifact.identity.params
-        assert isinstance(params, Params)
-        return params
 
 
 def units(job: Job) -> list[str]:
@@ -93,9 +87,9 @@ def _score(job: Job, query_ids: pa.ChunkedArray) -> tuple[dict[str, Any], pa.Tab
     qrels = read_table(job.task.path("qrels.parquet"), job.task.fingerprint)
     qrels = qrels.filter(pc.is_in(qrels["query_id"], value_set=query_ids))  # the audit has counted the others
     judged = judge(run, qrels, query_ids)
-    values = evaluate(judged, [Metric.parse(name) for name in job.params.metrics])
-    scores = {"queries": len(query_ids), "headline": str(Metric.parse(job.params.headline)),
-              "metrics": _means(values, job.params), "queries_without_relevant": judged.unjudged,
+    values = evaluate(judged, [Metric.parse(name) for name in job.artifact.params.metrics])
+    scores = {"queries": len(query_ids), "headline": str(Metric.parse(job.artifact.params.headline)),
+              "metrics": _means(values, job.artifact.params), "queries_without_relevant": judged.unjudged,
               "queries_without_hits": judged.unanswered, "wrong_modality_at_1": _wrong_modality(job, run)}
     columns = [pa.array(values[name].astype(np.float32)) for name in values]
     return scores, pa.Table.from_arrays([query_ids.combine_chunks(), *columns], schema=per_query_schema(values))

@@ -136,3 +136,9 @@ def test_manifest_tells_rows_dimension_and_identity(tmp_path: Path) -> None:
         manifest = json.loads(path.read_text())
         assert manifest["rows"] == 4 and manifest["dimension"] == 8
         assert manifest["params"]["encoder"]["module"] == "tests.toy_encoder"
+
+
+def test_an_encoder_that_returns_the_wrong_shape_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_encoder.ToyEncoder, "encode", lambda self, batch: np.stack(batch)[:, :5])
+    with pytest.raises(Exception, match=r"shape \(4, 5\) for 4 items, its dimension is 8.*tests.toy_encoder"):
+        embedded(SmallMbeir(tmp_path).write())

@@ -43,8 +43,8 @@ def search(root: Path, pools: dict[str, np.ndarray], queries_QD: np.ndarray, fac
     members = []
     for name, vectors_ND in pools.items():
         embedded = make_store(root, name, vectors_ND, rows_per_shard, "float16", ids)
-        identity = Identity("index", 1, params, {"embeddings": embedded.fingerprint})
-        pool = index.Job(Artifact(root, f"{name}.index", identity), embedded)
+        indexing = Identity("index", 1, params, {"embeddings": embedded.fingerprint})
+        pool = index.Job(Artifact(root, f"{name}.index", indexing), embedded)
         indexed = complete(index, pool, index.Runtime())
         members.append(retrieve.Member(embedded, indexed, "" if params.is_exact else index.FAISS))
     queries = make_store(root, "queries", queries_QD, 8, "float16")
