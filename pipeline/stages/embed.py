@@ -189,8 +189,8 @@ class _Shard:
         encoded_BD = encoder.encode([batch.prepared[number] for number in sound])
         self.encoding += time.monotonic() - before
         if encoded_BD.shape != (len(sound), self.dimension):
-            what = f"the encoder returned shape {encoded_BD.shape} for {len(sound)} items, its dimension is {self.dimension}"
-            raise UserError(what, self.job.module, "encode returns float32 [B, D]: see pipeline/encoders/__init__.py")
+            what = f"the encoder returned shape {encoded_BD.shape} for {len(sound)} items"
+            raise UserError(f"{what}, its dimension is {self.dimension}", self.job.module, "encode returns float32 [B, D]: see pipeline/encoders/__init__.py")
         if self.job.artifact.params.instruction == "all":
             encoded_BD = _unit(encoded_BD)
         np.add.at(self.vectors_ND, [batch.keys[number].row for number in sound], encoded_BD)
