@@ -190,7 +190,8 @@ class _Shard:
         self.encoding += time.monotonic() - before
         if encoded_BD.shape != (len(sound), self.dimension):
             what = f"the encoder returned shape {encoded_BD.shape} for {len(sound)} items"
-            raise UserError(f"{what}, its dimension is {self.dimension}", self.job.module, "encode returns float32 [B, D]: see pipeline/encoders/__init__.py")
+            raise UserError(f"{what}, its dimension is {self.dimension}", self.job.module,
+                            "encode returns float32 [B, D]: see pipeline/encoders/__init__.py")
         if self.job.artifact.params.instruction == "all":
             encoded_BD = _unit(encoded_BD)
         np.add.at(self.vectors_ND, [batch.keys[number].row for number in sound], encoded_BD)
