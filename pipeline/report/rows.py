@@ -48,7 +48,7 @@ class ScoreRow:
 
     kind                  "text -> image": of the queries -> of what they seek; "mixed" where it is not one
     metrics               every metric, in the order it was configured in
-    ceiling               the best mean of the headline that any search of this pool can reach
+    ceilings              the best mean of every metric that any search of this pool can reach
     wrong_modality_at_1   share of queries; None where the task seeks no modality in particular
     recall_against_exact  of an approximate index; empty for an exact search
     marks                 what a reader must know beside the number, in words
@@ -62,7 +62,7 @@ class ScoreRow:
     candidates: int
     headline: str
     metrics: Mapping[str, Value]
-    ceiling: float
+    ceilings: Mapping[str, float]
     wrong_modality_at_1: float | None
     is_exact: bool
     recall_against_exact: Mapping[str, float]
@@ -74,6 +74,11 @@ class ScoreRow:
     def value(self) -> Value:
         """The headline's."""
         return self.metrics[self.headline]
+
+    @property
+    def ceiling(self) -> float:
+        """The headline's."""
+        return self.ceilings[self.headline]
 
 
 def score_rows(plan: Plan) -> list[ScoreRow]:
@@ -105,7 +110,7 @@ def _row(plan: Plan, scored: Scored, choice: EncoderChoice, embedded: Mapping[st
         encoder=scored.encoder, task=scored.task.name, kind=_kind(scored), pool=scored.pool,
         queries=scores["queries"], candidates=audit["candidates"],
         headline=scores["headline"], metrics=metrics,
-        ceiling=audit["ceiling"][scores["headline"]], wrong_modality_at_1=scores["wrong_modality_at_1"],
+        ceilings=audit["ceiling"], wrong_modality_at_1=scores["wrong_modality_at_1"],
         is_exact=run["exact"], recall_against_exact=recall,
         marks=tuple(_marks(scores, audit, run, [queries, *pools], made)),
         artifact=scored.job.artifact.label, made=made)

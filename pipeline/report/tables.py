@@ -155,7 +155,7 @@ def markdown_table(rows: Sequence[ScoreRow], experiment: Experiment, warnings: S
     parts = [f"# {experiment.name}", _joined(_scores(rows)), _bullets(notes(rows, experiment))]
     if warnings:
         parts += ["## Warnings", _bullets(warnings)]
-    parts += ["## All metrics", _joined(_all_metrics(rows))]
+    parts += ["## All metrics", _joined(_all_metrics(rows)), "`of`: the ceiling, which no search of this pool can pass."]
     parts += ["## What was run", _joined(_what_was_run(rows, experiment))]
     return "\n\n".join(parts) + "\n"
 
@@ -187,9 +187,14 @@ def _all_metrics(rows: Sequence[ScoreRow]) -> Iterator[str]:
     yield _cells(["---", "---", "---", *("---:" for _ in pools), "---"])
     for line in (line for lines in _by_encoder(rows) for line in lines):
         for name in line.first.metrics:
-            values = (_score(line.row(pool).metrics[name]) for pool in pools)
+            values = (_capped(line.row(pool), name) for pool in pools)
             remarks = _remarks(line) if name == line.first.headline else ""
             yield _cells([line.first.encoder, line.first.task, name, *values, remarks])
+
+
+def _capped(row: ScoreRow, name: str) -> str:
+    ceiling = row.ceilings[name]
+    return _score(row.metrics[name]) + (f" of {ceiling:.4f}" if ceiling < 1 else "")
 
 
 def _remarks(line: _Line) -> str:

@@ -112,7 +112,8 @@ def test_an_approximate_index_says_its_worst_recall(quick_run: Experiment, rows:
 
 
 def test_ceilings_stand_beside_scores(quick_run: Experiment, rows: list[ScoreRow]) -> None:
-    capped = [replace(row, ceiling=0.5 if row.pool == "local" else 1.0) for row in rows[:4]]
+    capped = [replace(row, ceilings=dict.fromkeys(row.metrics, 0.5 if row.pool == "local" else 1.0))
+              for row in rows[:4]]
     head, first, *_ = table_lines(terminal_table(capped, quick_run, []))
     assert head[4:7] == ["local", "ceiling", "union"] and first[5] == "0.5000"
 
@@ -168,3 +169,12 @@ def test_a_single_pool_is_enough(quick_run: Experiment, rows: list[ScoreRow]) ->
     union_only = [row for row in rows if row.pool == "union"]
     head, *lines = table_lines(terminal_table(union_only, quick_run, []))
     assert "local" not in head and len(lines) == 13
+
+
+def test_every_metric_has_its_ceiling(quick_run: Experiment, rows: list[ScoreRow]) -> None:
+    """Most queries here have one relevant candidate, so precision@10 cannot pass 0.1."""
+    row = next(row for row in rows if row.task == "scenes_task0" and row.pool == "local")
+    assert row.ceilings["precision@10"] == pytest.approx(0.1) and row.ceilings["recall@10"] == row.ceiling == 1
+    line = next(line for line in markdown_table(rows, quick_run, []).splitlines()
+                if "scenes_task0 | precision@10" in line)
+    assert line.count(" of 0.1000") == 2
