@@ -155,7 +155,7 @@ def markdown_table(rows: Sequence[ScoreRow], experiment: Experiment, warnings: S
     parts = [f"# {experiment.name}", _joined(_scores(rows)), _bullets(notes(rows, experiment))]
     if warnings:
         parts += ["## Warnings", _bullets(warnings)]
-    parts += ["## All metrics", _joined(_all_metrics(rows)), "`of`: the ceiling, which no search of this pool can pass."]
+    parts += ["## All metrics", _joined(_all_metrics(rows)), "`of`: the ceiling, which no search can pass."]
     parts += ["## What was run", _joined(_what_was_run(rows, experiment))]
     return "\n\n".join(parts) + "\n"
 
