@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import main
-from pipeline.config import Experiment
+from pipeline.config import Experiment, load
 from pipeline.plan import make_plan
+from pipeline.run import run_experiment
 from tests.test_resume import contents
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +62,6 @@ def test_two_processes_make_the_bytes_of_one(quick_run: Experiment, small_argume
     done = subprocess.run([sys.executable, "-m", "pipeline", "run", "quickstart", *arguments],
                           cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    from pipeline.config import load
     assert contents(load("quickstart", arguments)) == contents(quick_run)
     logs = {path.name for path in (tmp_path / "experiments/quickstart/logs").iterdir()}
     assert logs >= {"embed.000.log", "embed.001.log"}
@@ -74,3 +75,33 @@ def test_a_failing_worker_is_reported(small_arguments: list[str], tmp_path: Path
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "'nonsense' is not a device" in done.stderr and "embed workers failed" in done.stderr
+
+
+def test_images_in_a_tar_archive_give_the_bytes_of_images_in_files(mini_data: Path, small_arguments: list[str],
+                                                                   tmp_path: Path) -> None:
+    """Another place, another packing: everything after collect is the same artifacts with the same bytes."""
+    packed = tmp_path / "packed"
+    shutil.copytree(mini_data, packed, ignore=shutil.ignore_patterns("mbeir_images", "mini_mbeir.json"))
+    with tarfile.open(packed / "mbeir_images.tar", "w") as archive:
+        archive.add(mini_data / "mbeir_images", "mbeir_images")
+    encoder = ["encoders=[tests.toy_encoder]", "embed.loaders=2"]
+    files = load("quickstart", [f"work_dir={tmp_path}/files", *small_arguments, *encoder])
+    tarred = load("quickstart", [f"work_dir={tmp_path}/tarred", *small_arguments, *encoder, f"benchmark.root={packed}",
+                                 "benchmark.archives=[mbeir_images.tar]", "benchmark.adapter=mbeir"])
+    for experiment in (files, tarred):
+        run_experiment(experiment, [], say=lambda *_: None)
+    expected, found = ({name: value for name, value in contents(experiment).items() if not name.startswith("collect/")}
+                       for experiment in (files, tarred))
+    assert found == expected and len(found) > 100
+
+
+def test_other_splits_run(small_arguments: list[str], tmp_path: Path) -> None:
+    """val shares the local pools but for those that are per split; train's pools are cut from its union."""
+    for split in ("val", "train"):
+        overrides = ["encoders=[tests.toy_encoder]", f"name={split}", f"benchmark.split={split}"]
+        experiment = load("quickstart", [f"work_dir={tmp_path}", *small_arguments, *overrides])
+        run_experiment(experiment, [], say=lambda *_: None)
+        scored = make_plan(experiment).scored
+        assert len(scored) == 24 and all(cell.job.artifact.is_complete() for cell in scored)
+    table = (tmp_path / "experiments/train/report/tables.md").read_text()
+    assert "split train" in table
