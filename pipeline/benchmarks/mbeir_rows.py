@@ -26,13 +26,13 @@ Key = tuple[str, str, str]  # data set id, modality of the query, modality of wh
 
 
 def content(row: Row, text_key: str, image_key: str, modality_key: str) -> tuple[str | None, str | None, str]:
-    """Text, image and modality of a row. They must agree; a text may be empty, an image may not."""
+    """Text, image and modality of a row. They must agree; beside an image the text may be empty or null, as in UniIR."""
     text, image = row.string(text_key), row.string(image_key) or None
     given = row.string(modality_key)
     modality = _MODALITIES.get(given or "")
     if modality is None:
         raise row.error(f"{modality_key} is {given!r}", f"one of: {', '.join(map(repr, _MODALITIES))}")
-    if text is None if "text" in modality else text:
+    if text is None if modality == "text" else text and modality == "image":
         raise row.error(f"{modality_key} is '{modality}', but {text_key} is {text!r}")
     if (image is not None) != ("image" in modality):
         raise row.error(f"{modality_key} is '{modality}', but {image_key} is {image!r}")
