@@ -26,7 +26,7 @@ Key = tuple[str, str, str]  # data set id, modality of the query, modality of wh
 
 
 def content(row: Row, text_key: str, image_key: str, modality_key: str) -> tuple[str | None, str | None, str]:
-    """Text, image and modality of a row. They must agree; beside an image the text may be empty or null, as in UniIR."""
+    """Text, image and modality of a row. They must agree; a text may be empty, beside an image also null."""
     text, image = row.string(text_key), row.string(image_key) or None
     given = row.string(modality_key)
     modality = _MODALITIES.get(given or "")

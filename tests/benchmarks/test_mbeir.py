@@ -175,7 +175,8 @@ def test_candidates_come_in_file_order_from_every_lenient_form(root: Path) -> No
     assert list(mbeir.candidates(benchmark(root), "webqa_task2")) == [
         Candidate("2:9", "Both.", "9.jpg", "image,text"), Candidate("2:3", "No image key.", None, "text"),
         Candidate("2:3", None, "3.jpg", "image"), Candidate("2:4", None, "4.jpg", "image,text"),
-        Candidate("2:7", None, "7.jpg", "image,text"), Candidate("2:5", "", None, "text"), Candidate("2:6", "Smile \U0001f600 \u2028 here.", None, "text")]
+        Candidate("2:7", None, "7.jpg", "image,text"),
+        Candidate("2:5", "", None, "text"), Candidate("2:6", "Smile \U0001f600 \u2028 here.", None, "text")]
 
 
 @settings(max_examples=50, deadline=None)
