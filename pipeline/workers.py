@@ -62,12 +62,15 @@ def run_stage(experiment: Experiment, stage: str, share: Share = Share()) -> Out
     runtime = runtime_of(experiment, stage)
     if stage == "collect":
         load_adapter(experiment.benchmark.adapter).prepare(experiment.benchmark)
+    asked: set[tuple[str, str]] = set()
     while True:  # audits can be planned only when the tables are there
         plan = make_plan(experiment)
         _require_inputs(plan, stage)
         work = _work(plan, stage, share)
         if not work:
             break
+        asked, before = {(job.artifact.label, unit) for job, unit in work}, asked
+        assert asked != before, f"{stage} was asked for units and did not make them: {sorted(asked)[:3]}"
         for landed in follow(stage, module.make(work, runtime), len(work)):
             outcome.made, outcome.rows = outcome.made + 1, outcome.rows + landed.rows
         _seal(plan, stage, runtime)
