@@ -160,17 +160,18 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, first_wins: bool = False) -> Iterator[Path]:
     """A hidden temporary beside `path` to write to; it becomes `path` at the end, whole, or not at all.
 
-    The temporary is in the same directory because a rename is atomic only within one file system.
+    The temporary is in the same directory because a rename is atomic only within one file system. `first_wins` leaves
+    a file that is there already as it is: a shard may be sealed, and what comes after it made from its bytes.
     """
     temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush(temporary)
-        os.replace(temporary, path)
+        _commit(temporary, path, first_wins)
         _flush(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -179,6 +180,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _commit(temporary: Path, path: Path, first_wins: bool) -> None:
+    if first_wins:
+        try:
+            return os.link(temporary, path)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links: the last one wins there
+            pass
+    os.replace(temporary, path)
 
 
 def _flush(path: Path) -> None:
@@ -195,16 +207,27 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sweep_temporaries(directory: Path, older_than: float = _DAY) -> int:
-    """Remove temporaries that killed workers left behind; young ones may belong to a live worker elsewhere."""
+    """Remove temporaries of workers that died here, and old ones: a young one may belong to a worker elsewhere."""
     removed = 0
     for path in directory.glob(".*.tmp-*"):
-        try:
-            if time.time() - path.stat().st_mtime > older_than:
+        with suppress(FileNotFoundError):
+            if _is_ours_and_dead(path.name) or time.time() - path.stat().st_mtime > older_than:
                 path.unlink()
                 removed += 1
-        except FileNotFoundError:
-            continue
     return removed
+
+
+def _is_ours_and_dead(name: str) -> bool:
+    host, _, process = name.rsplit(".tmp-", 1)[1].rpartition("-")
+    if host != socket.gethostname() or not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def shard_file(noun: str, number: int) -> str:

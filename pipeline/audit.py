@@ -20,10 +20,10 @@ _NAMED = 20
 
 
 def audit(query_ids: pa.ChunkedArray, qrels: pa.Table, candidate_ids: pa.ChunkedArray,
-          metrics: Sequence[str]) -> dict[str, Any]:
+          metrics: Sequence[str], depth: int) -> dict[str, Any]:
     """Counts and ceilings for one task and one pool (or union of pools).
 
-    `ceiling[metric]` is the mean over queries of the best value that any run over this pool could reach.
+    `ceiling[metric]` is the mean over queries of the best value that any run of this depth over this pool could reach.
     """
     known = pc.is_in(qrels["query_id"], value_set=query_ids)
     unknown = qrels.filter(pc.invert(known))
@@ -32,7 +32,8 @@ def audit(query_ids: pa.ChunkedArray, qrels: pa.Table, candidate_ids: pa.Chunked
     relevant = pc.greater(qrels["relevance"], 0).to_numpy(zero_copy_only=False)
     answerable = qrels["query_id"].filter(pa.array(reachable & relevant))
     lost = query_ids.filter(pc.invert(pc.is_in(query_ids, value_set=answerable)))
-    best = evaluate(best_possible(qrels, reachable, query_ids), [Metric.parse(name) for name in metrics])
+    best_run = best_possible(qrels, reachable, query_ids, min(depth, len(candidate_ids)))
+    best = evaluate(best_run, [Metric.parse(name) for name in metrics])
     return {
         "queries": len(query_ids), "candidates": len(candidate_ids), "qrels": len(qrels),
         "relevant": int(relevant.sum()), "relevant_outside_pool": int((relevant & ~reachable).sum()),

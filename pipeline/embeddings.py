@@ -69,7 +69,7 @@ def _refuse(bad_N: np.ndarray, ids: Sequence[str], what: str, do: str) -> None:
 def write_table(path: Path, table: pa.Table, fingerprint: str, **options: Any) -> None:
     """Write any table of the contract: atomically, with page checksums and the fingerprint in its footer."""
     marked = table.replace_schema_metadata({_FINGERPRINT: fingerprint.encode()})
-    with atomic_path(path) as temporary:
+    with atomic_path(path, first_wins=True) as temporary:
         pq.write_table(marked, temporary, write_page_checksum=True, **options)
 
 

@@ -8,6 +8,7 @@ text, so that no tower runs for an absent modality and little is padded. An imag
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,12 +60,12 @@ class Batch(NamedTuple):
 def batches(sources: Sequence[Source], encoder: Encoder, batch_size: int, loaders: int) -> Iterator[Batch]:
     """All items of all sources in order; a source whose target exists by then is passed over."""
     import torch
-    loader: torch.utils.data.DataLoader[list[tuple[Key, Any, Any]]] = torch.utils.data.DataLoader(
+    loader: torch.utils.data.DataLoader[bytes] = torch.utils.data.DataLoader(
         _Items(sources, encoder), batch_sampler=_schedule(sources, batch_size),  # type: ignore[arg-type]
-        collate_fn=list, num_workers=loaders, prefetch_factor=4 if loaders else None,
+        collate_fn=_packed, num_workers=loaders, prefetch_factor=4 if loaders else None,
         worker_init_fn=_one_thread if loaders else None)
-    for rows in loader:
-        keys, prepared, flaws = zip(*rows)
+    for packed in loader:
+        keys, prepared, flaws = zip(*pickle.loads(packed))
         for flaw in flaws:
             if isinstance(flaw, UserError):
                 raise flaw
@@ -76,6 +77,11 @@ def num_loaders(asked: int, num_items: int) -> int:
     if asked >= 0:
         return asked
     return min(8, len(os.sched_getaffinity(0))) if num_items > _FEW else 0
+
+
+def _packed(rows: list[tuple[Key, Any, Any]]) -> bytes:
+    """A batch as plain bytes: torch would send every tensor as a shared file of its own, and run out of handles."""
+    return pickle.dumps(rows, protocol=5)
 
 
 def _one_thread(_: int) -> None:

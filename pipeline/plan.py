@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.artifacts import Artifact, Identity, P, canonical_json, read_manifest
+from pipeline.artifacts import MANIFEST, Artifact, Identity, P, canonical_json, read_manifest
 from pipeline.benchmarks import Task, load_adapter
 from pipeline.config import EncoderChoice, Experiment, part
 from pipeline.images import ImageStore
@@ -138,7 +138,7 @@ class _Planner:
         if tables is None:
             self.wait("collect", name)
             return None
-        params = collect.AuditParams(self.metrics(task))
+        params = collect.AuditParams(self.metrics(task), self.settings.retrieve.depth)
         artifact = self.artifact("collect", name, params, tables.digests)
         job: collect.AuditJob = self.add("collect", collect.AuditJob(artifact, tables.task, tables.pools))
         return job.artifact
@@ -180,7 +180,9 @@ class _Planner:
     def embedded(self, encoder: EncoderChoice, name: str, table: Artifact, instruction: str) -> embed.Job:
         chosen = self.settings.embed
         params = embed.Params(self.identity(encoder), chosen.precision, chosen.storage, instruction)
-        artifact = self.artifact("embed", name, params, {"table": manifest_of(table.directory)["digest"]})
+        collected = manifest_of(table.directory)
+        inputs = {"table": collected["digest"], "images": collected["image_sizes"]}
+        artifact = self.artifact("embed", name, params, inputs)
         job: embed.Job = self.add("embed", embed.Job(artifact, table, encoder.module, encoder.params, self.images))
         return job
 
@@ -227,9 +229,13 @@ class Tables:
         return {"queries": task["digest"], "qrels": task["qrels_digest"], **pools}
 
 
-@lru_cache(maxsize=4096)
 def manifest_of(directory: Path) -> dict[str, Any]:
-    """The manifest of a complete artifact; read once, because it never changes."""
+    """The manifest of a complete artifact; read again only if the file is another one."""
+    return _manifest(directory, (directory / MANIFEST).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _manifest(directory: Path, _: int) -> dict[str, Any]:
     return read_manifest(directory)
 
 

@@ -37,7 +37,6 @@ def run_experiment(experiment: Experiment, command: Sequence[str], say: Say) -> 
         plan = make_plan(experiment)
         record(plan)
         rows = score_rows(plan)
-        exported = export(plan)
         report = experiment.directory / "report" / "tables.md"
         with atomic_path(report) as path:
             path.write_text(markdown_table(rows, experiment, warnings_of(plan)))
@@ -46,7 +45,7 @@ def run_experiment(experiment: Experiment, command: Sequence[str], say: Say) -> 
         say("nothing to do: everything was there already")
     say(terminal_table(rows, experiment, warnings_of(plan)))
     say(f"table      {report}")
-    if exported:
+    if export(plan):
         say(f"results    {experiment.directory / 'retrieval_results'}")
     return {"stages": [vars(outcome) for outcome in outcomes], **scores(plan)}
 

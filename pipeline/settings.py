@@ -40,6 +40,7 @@ class CollectSettings(collect.Runtime):
 
     def __post_init__(self) -> None:
         _at_least("collect.rows_per_shard", self.rows_per_shard, 1)
+        _at_least("collect.max_missing_images", self.max_missing_images, 0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class EmbedSettings(embed.Runtime):
         _one_of("embed.storage", self.storage, embed.STORAGES)
         _one_of("embed.instruction", self.instruction, embed.RULES)
         _at_least("embed.batch_size", self.batch_size, 1)
+        _at_least("embed.loaders", self.loaders, -1)
+        _at_least("embed.max_flawed", self.max_flawed, 0)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class RetrieveSettings(retrieve.Params, retrieve.Runtime):
         _one_of("retrieve.coarse", self.coarse, retrieve.COARSE)
         _at_least("retrieve.depth", self.depth, 1)
         _at_least("retrieve.queries_per_pass", self.queries_per_pass, 1)
+        _more_than("retrieve.memory_gb", self.memory_gb, 0)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,12 @@ class ScoreSettings:
     resamples: int
     seed: int
 
+    def __post_init__(self) -> None:
+        _at_least("score.resamples", self.resamples, 1)
+        _more_than("score.confidence", self.confidence, 0)
+        if self.confidence >= 1:
+            raise UserError(f"score.confidence is {self.confidence}; it must be below 1, such as 0.95")
+
 
 @dataclass(frozen=True)
 class ExportSettings:
@@ -85,6 +95,7 @@ class ExportSettings:
     def __post_init__(self) -> None:
         for name in self.formats:
             _one_of("export.formats", name, FORMATS)
+        _at_least("export.depth", self.depth, 1)
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,11 @@ class Settings:
     local: LocalSettings
     log: LogSettings
 
+    def __post_init__(self) -> None:
+        for key in ("pools", "encoders"):
+            if not getattr(self, key):
+                raise UserError(f"`{key}` is empty: there would be nothing to do")
+
 
 def _one_of(key: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
@@ -124,3 +140,8 @@ def _one_of(key: str, value: str, known: Iterable[str]) -> None:
 def _at_least(key: str, value: int, least: int) -> None:
     if value < least:
         raise UserError(f"{key} is {value}; it must be at least {least}")
+
+
+def _more_than(key: str, value: float, bound: float) -> None:
+    if value <= bound:
+        raise UserError(f"{key} is {value}; it must be more than {bound}")

@@ -92,8 +92,7 @@ def warnings_of(plan: Plan) -> list[str]:
     found = []
     for job in plan.jobs["collect"]:
         if job.artifact.is_complete() and (missing := job.artifact.manifest().get("missing_images")):
-            count = missing if isinstance(missing, int) else missing["count"]
-            if count and not isinstance(missing, int):
+            if count := missing["count"]:
                 found.append(f"{job.artifact.name}: {count} images are missing (first: {missing['first'][0]})")
     for job in plan.jobs["embed"]:
         if job.artifact.is_complete() and (flaws := job.artifact.manifest()["flaws"])["count"]:

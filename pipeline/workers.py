@@ -6,8 +6,10 @@ worker delays nobody for long. Two workers on one unit waste work and damage not
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +65,8 @@ def run_stage(experiment: Experiment, stage: str, share: Share = Share()) -> Out
     if stage == "collect":
         load_adapter(experiment.benchmark.adapter).prepare(experiment.benchmark)
     asked: set[tuple[str, str]] = set()
+    for job in make_plan(experiment).jobs[stage]:
+        artifacts.sweep_temporaries(job.artifact.directory)
     while True:  # audits can be planned only when the tables are there
         plan = make_plan(experiment)
         _require_inputs(plan, stage)
@@ -103,19 +107,21 @@ def _work(plan: Plan, stage: str, share: Share) -> list[tuple[Any, str]]:
     for position, (job, unit) in enumerate(everything):
         if unit in absent[id(job)]:
             (own if position % share.of == share.number else others).append((job, unit))
-    return own + others[::-1]
+    turn = len(others) * share.number // share.of  # helpers begin at different places
+    return own + (others[turn:] + others[:turn])[::-1]
 
 
 def _seal(plan: Plan, stage: str, runtime: artifacts.Runtime) -> None:
     for job in plan.jobs[stage]:
         if not job.artifact.is_complete() and not plan.missing_units(job, stage):
             job.artifact.seal(MODULES[stage].facts(job, runtime))
-            artifacts.sweep_temporaries(job.artifact.directory)
 
 
 def run_embed_processes(experiment: Experiment, command: Sequence[str], count: int) -> Outcome:
     """Embed with `count` processes of this program, each with a device and a share of the cores of its own."""
-    started, before = time.monotonic(), _missing(make_plan(experiment), "embed")
+    started, plan = time.monotonic(), make_plan(experiment)
+    before = _missing(plan, "embed")
+    rows = sum(job.rows_of(unit) for job in plan.jobs["embed"] for unit in plan.missing_units(job, "embed"))
     if not before:
         return run_stage(experiment, "embed")
     devices = _cuda_devices()
@@ -125,18 +131,27 @@ def run_embed_processes(experiment: Experiment, command: Sequence[str], count: i
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
         share = ["--worker", f"{number}/{count}"]
-        workers.append(subprocess.Popen([sys.executable, "-m", "pipeline", *command, *share], env=environment))
+        workers.append(subprocess.Popen([sys.executable, "-m", "pipeline", *command, *share], env=environment,
+                                        preexec_fn=_end_with_parent))
     try:
         codes = [worker.wait() for worker in workers]
     finally:  # interrupted: they must not go on without us
         for worker in workers:
             worker.terminate()
+        for worker in workers:
+            worker.wait()
     if _missing(make_plan(experiment), "embed") and any(codes):
         raise UserError(f"{sum(map(bool, codes))} of {count} embed workers failed; their messages stand above")
     outcome = run_stage(experiment, "embed")  # seals, and makes what a worker that died has left
-    outcome.made, outcome.found = before, outcome.found - before
+    outcome.made, outcome.found, outcome.rows = before, outcome.found - before, rows
     outcome.seconds = time.monotonic() - started
     return outcome
+
+
+def _end_with_parent() -> None:
+    """Ask the system to end this child when its parent dies of a signal that leaves the parent no time (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG: prctl(2)
 
 
 def _missing(plan: Plan, stage: str) -> int:

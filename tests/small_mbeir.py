@@ -17,6 +17,7 @@ class SmallMbeir:
 
     def __init__(self, root: Path):
         self.root = root / "data"
+        root.mkdir(parents=True, exist_ok=True)
         self.queries = [
             {"qid": f"7:{number}", "query_txt": f"A {colour} toy.", "query_img_path": None, "query_modality": "text",
              "query_src_content": None, "pos_cand_list": [f"7:{number}"], "neg_cand_list": [], "task_id": 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -140,3 +141,20 @@ def test_only_old_temporaries_are_swept(tmp_path: Path) -> None:
     young.write_bytes(b"")
     os.utime(old, (time.time() - 2 * 86400,) * 2)
     assert sweep_temporaries(tmp_path) == 1 and young.exists() and not old.exists()
+
+
+def test_a_temporary_of_a_process_that_died_here_is_swept_at_once(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for process in (dead.pid, os.getpid()):
+        (tmp_path / f".a.bin.tmp-{socket.gethostname()}-{process}").write_bytes(b"")
+    assert sweep_temporaries(tmp_path) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [f".a.bin.tmp-{socket.gethostname()}-{os.getpid()}"]
+
+
+def test_the_first_of_two_workers_wins(tmp_path: Path) -> None:
+    """A second worker on the same unit, on another device perhaps, must not change what is sealed."""
+    for content in (b"first", b"second"):
+        with atomic_path(tmp_path / "x.bin", first_wins=True) as path:
+            path.write_bytes(content)
+    assert (tmp_path / "x.bin").read_bytes() == b"first" and len(list(tmp_path.iterdir())) == 1

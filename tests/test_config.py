@@ -64,6 +64,12 @@ def test_a_union_is_whole_even_if_one_task_is_chosen() -> None:
     ("pools=[unoin]", ["'unoin' is neither", "nearest: union"]),
     ("unions={x: [nope]}", ["there is no pool 'nope'"]),
     ("export.formats=[trek]", ["trek", "nearest: trec"]),
+    ("embed.loaders=-5", ["embed.loaders is -5"]),
+    ("retrieve.memory_gb=0", ["retrieve.memory_gb is 0"]),
+    ("score.confidence=2", ["score.confidence is 2", "below 1"]),
+    ("export.depth=0", ["export.depth is 0"]),
+    ("pools=[]", ["`pools` is empty"]),
+    ("encoders=[]", ["`encoders` is empty"]),
     ("embed.batch_size", ["not of the form key=value"]),
     ("tasks=[a", ["not valid YAML"]),
 ])

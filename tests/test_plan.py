@@ -59,7 +59,7 @@ def test_instruction_rule_runs_queries_and_leaves_pools_alone(replan: Replan) ->
 
 
 def test_depth_runs_retrieve_and_score_metrics_run_audits_and_score(replan: Replan) -> None:
-    assert to_do(replan("retrieve.depth=50")) == {"collect": 0, "embed": 0, "index": 0, "retrieve": 24, "score": 24}
+    assert to_do(replan("retrieve.depth=50")) == {"collect": 24, "embed": 0, "index": 0, "retrieve": 24, "score": 24}
     assert to_do(replan("score.resamples=51")) == {"collect": 0, "embed": 0, "index": 0, "retrieve": 0, "score": 24}
 
 

@@ -36,8 +36,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 class Prepared(NamedTuple):
     """One item, ready for the towers: tokens int64 [context length], pixels float32 [3, height, width]."""
 
-    tokens: Tensor | None
-    pixels: Tensor | None
+    tokens: np.ndarray | None
+    pixels: np.ndarray | None
 
 
 def read_architecture(name: str, quick_gelu: bool | None = None) -> dict[str, Any]:
@@ -159,8 +159,8 @@ class ClipEncoder:
         With no image either, the empty text is encoded (UniIR: zeros), since a zero vector has no direction.
         """
         has_text = bool(item.text) or item.image is None
-        tokens = self.tokenizer([item.text or ""])[0] if has_text else None
-        return Prepared(tokens, None if item.image is None else self.transform(item.image))
+        tokens = self.tokenizer([item.text or ""])[0].numpy() if has_text else None
+        return Prepared(tokens, None if item.image is None else self.transform(item.image).numpy())
 
     def encode(self, batch: Sequence[Prepared]) -> np.ndarray:
         """float32 [B, D], not normalised, one row per prepared item in order."""
@@ -171,6 +171,7 @@ class ClipEncoder:
 
     def embed(self, batch: Sequence[Prepared]) -> Tensor:
         """float32 [B, D] on the device, with gradients where the caller's mode allows them (for training)."""
+        import numpy as np
         import torch
 
         vectors_BD = torch.zeros(len(batch), self.dimension, device=self.device)
@@ -178,7 +179,8 @@ class ClipEncoder:
             for field, tower in enumerate((self._encode_texts, self._encode_images)):
                 rows = [row for row, prepared in enumerate(batch) if prepared[field] is not None]
                 if rows:
-                    outputs = tower(torch.stack([cast("Tensor", batch[row][field]) for row in rows])).float()
+                    inputs = torch.from_numpy(np.stack([cast("np.ndarray", batch[row][field]) for row in rows]))
+                    outputs = tower(inputs).float()
                     vectors_BD = vectors_BD.index_add(0, torch.tensor(rows, device=self.device), outputs)
         return vectors_BD
 

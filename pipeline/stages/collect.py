@@ -2,8 +2,8 @@
 
 The costliest mistakes of the field are mistakes in the data, and they must be found before an accelerator is used.
 Tables are streamed shard by shard, so memory does not grow with a pool (but for the set of its ids, which finds
-duplicates). A table is known downstream by the digest of its content, so a file that was only touched or moved
-re-runs this stage and nothing after it.
+duplicates). A table is known downstream by the digest of its content and the sizes of its images, so a file that was
+only touched or moved re-runs this stage and nothing after it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class Params(artifacts.Params):
 
 @dataclass(frozen=True)
 class AuditParams(artifacts.Params):
+    """Ceilings are those of runs of this `depth`."""
+
     metrics: tuple[str, ...]
+    depth: int
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ class _Census:
     modalities: Counter[str] = field(default_factory=Counter)
     missing: list[str] = field(default_factory=list)
     num_missing: int = 0
+    pictures: Any = field(default_factory=sha256)
 
     def watch(self, rows: Iterable[Any]) -> Iterator[Any]:
         for row in rows:
@@ -132,13 +136,20 @@ class _Census:
                                 do="ids must be unique: mend the benchmark's file")
             self.ids.add(identifier)
             self.modalities[row.modality] += 1
-            if row.image is not None and self.check_images and self.images.size(row.image) is None:
-                self.num_missing += 1
-                self.missing.extend([f"{identifier}: {row.image}"] if len(self.missing) < _NAMED else [])
+            if row.image is not None and self.check_images:
+                self._look_at(identifier, row.image)
             yield row
+
+    def _look_at(self, identifier: str, reference: str) -> None:
+        size = self.images.size(reference)
+        self.pictures.update(f"{identifier} {size}\n".encode())
+        if size is None:
+            self.num_missing += 1
+            self.missing.extend([f"{identifier}: {reference}"] if len(self.missing) < _NAMED else [])
 
     def facts(self) -> dict[str, Any]:
         return {"rows": len(self.ids), "modalities": dict(sorted(self.modalities.items())),
+                "image_sizes": self.pictures.hexdigest(),
                 "missing_images": {"count": self.num_missing, "first": self.missing, "checked": self.check_images}}
 
 
@@ -183,8 +194,13 @@ def _check_missing(subject: str, count: int, named: Sequence[str], runtime: Runt
 
 def accept(job: Job, runtime: Runtime) -> None:
     """A finished table may have been made when more missing images were tolerated than now."""
+    if isinstance(job, AuditJob):
+        return
     missing = job.artifact.manifest()["missing_images"]
-    if isinstance(job, (PoolJob, TaskJob)) and missing["count"] > runtime.max_missing_images:
+    if runtime.check_images and not missing["checked"]:
+        raise UserError(f"{job.artifact.name} was collected without looking for its images", do=(
+            f"to look for them now: rm -r {job.artifact.directory}\nor go on as before: collect.check_images=false"))
+    if missing["count"] > runtime.max_missing_images:
         try:
             _check_missing(job.artifact.name, missing["count"], missing["first"], runtime)
         except UserError as error:
@@ -207,14 +223,13 @@ def _joined(shards: list[dict[str, Any]]) -> str:
 
 
 def _audit(job: AuditJob) -> tuple[int, dict[str, Any]]:
-    task, pools = job.task.manifest(), [pool.manifest() for pool in job.pools]
+    pools = [pool.manifest() for pool in job.pools]
     qrels = read_table(job.task.path("qrels.parquet"), job.task.fingerprint)
     query_ids = _ids(job.task, "query_id")
     candidate_ids = _pool_ids(tuple((pool.directory, pool.fingerprint) for pool in job.pools), tuple(
         tuple(shard["file"] for shard in pool["shards"]) for pool in pools))
-    metrics = job.artifact.params.metrics
-    found = audit(query_ids, qrels, candidate_ids, metrics)
-    found["missing_images"] = task["missing_images"]["count"] + sum(pool["missing_images"]["count"] for pool in pools)
+    params = job.artifact.params
+    found = audit(query_ids, qrels, candidate_ids, params.metrics, params.depth)
     artifacts.write_json(job.artifact.path("audit.json"), found)
     return found["qrels"], found
 

@@ -69,6 +69,9 @@ class Job:
     def shards(self) -> list[dict[str, Any]]:
         return list(_shards_of(self.table.directory))
 
+    def rows_of(self, unit: str) -> int:
+        return int(self.shards[shard_number(unit)]["rows"])
+
     def source(self, unit: str) -> Source:
         shard = self.shards[shard_number(unit)]["file"]
         return Source(self.table.path(shard), self.table.fingerprint, self.images, self.artifact.params.instruction,
@@ -92,9 +95,12 @@ def facts(job: Job, runtime: Runtime) -> dict[str, Any]:
             has = f"{unit} has {shard.rows} rows of dimension {shard.dimension}"
             raise UserError(f"{has}, not {source['rows']} of {found[0].dimension}", str(job.artifact.directory),
                             f"delete it and run again: rm {job.artifact.path(unit)}")
-    flaws = [flaw for unit in units(job) for flaw in _flaws_in(job, unit)]
+    by_unit = {unit: _flaws_in(job, unit) for unit in units(job)}
+    flaws = [flaw for found_flaws in by_unit.values() for flaw in found_flaws]
     if len(flaws) > runtime.max_flawed:
-        raise _too_many(flaws, runtime.max_flawed)
+        files = " ".join(str(job.artifact.path(unit)) for unit, found_flaws in by_unit.items() if found_flaws)
+        error = _too_many(flaws, runtime.max_flawed)
+        raise UserError(error.what, do=f"{error.do}\nif they are mended already, have them encoded again: rm {files}")
     return {"rows": sum(shard.rows for shard in found), "dimension": found[0].dimension,
             "flaws": {"count": len(flaws), "first": flaws[:20]}}
 
@@ -130,10 +136,12 @@ def make(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
 def _embed_with_one_encoder(work: list[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
     module, params, precision = work[0][0].encoder
     encoder = load_encoder(module).build(params, resolve_device(runtime.device), precision)
+    for job in {job.artifact.label: job for job, _ in work}.values():
+        _check_modalities(job, encoder)
     refused: list[str] = []
     shards: dict[int, _Shard] = {}
     sources = [job.source(unit) for job, unit in work]
-    loaders = num_loaders(runtime.loaders, sum(job.shards[shard_number(unit)]["rows"] for job, unit in work))
+    loaders = num_loaders(runtime.loaders, sum(job.rows_of(unit) for job, unit in work))
     for batch in batches(sources, encoder, runtime.batch_size, loaders):
         if batch.position not in shards:
             shards[batch.position] = _Shard(*work[batch.position], encoder.dimension)
@@ -148,6 +156,13 @@ def _embed_with_one_encoder(work: list[tuple[Job, str]], runtime: Runtime) -> It
             yield Landed(finished.job.artifact.name, finished.unit, len(finished.ids), finished.note)
     if refused:
         raise _too_many(refused, runtime.max_flawed)
+
+
+def _check_modalities(job: Job, encoder: Encoder) -> None:
+    lacking = sorted(set(artifacts.read_manifest(job.table.directory)["modalities"]) - encoder.modalities)
+    if lacking:
+        raise UserError(f"encoder {job.module} does not take '{lacking[0]}', which {job.table.name} has",
+                        do=f"it takes: {', '.join(map(repr, sorted(encoder.modalities)))}; choose other tasks or pools")
 
 
 @dataclass

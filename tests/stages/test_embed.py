@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -141,4 +143,34 @@ def test_manifest_tells_rows_dimension_and_identity(tmp_path: Path) -> None:
 def test_an_encoder_that_returns_the_wrong_shape_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy_encoder.ToyEncoder, "encode", lambda self, batch: np.stack(batch)[:, :5])
     with pytest.raises(Exception, match=r"shape \(4, 5\) for 4 items, its dimension is 8.*tests.toy_encoder"):
+        embedded(SmallMbeir(tmp_path).write())
+
+
+def test_loaders_need_few_handles(tmp_path: Path) -> None:
+    """Batches travel as bytes: with a shared file per tensor, 64 handles would be gone in the first batch."""
+    small = SmallMbeir(tmp_path)
+    small.candidates = [dict(small.candidates[0], did=f"7:{number}") for number in range(1, 400)]
+    small.write()
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64));"
+            "from pipeline.cli import main; sys.exit(main(sys.argv[1:]))")
+    for stage in ("collect", "embed"):
+        done = subprocess.run([sys.executable, "-c", code, stage, str(small.experiment), "embed.loaders=2",
+                               "encoders=[quickstart_clip]", "embed.batch_size=64"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_other_images_of_other_size_are_embedded_again(tmp_path: Path) -> None:
+    """The same names and tables below another root: the sizes of the images tell them apart."""
+    first = SmallMbeir(tmp_path / "first").write()
+    second = SmallMbeir(tmp_path / "second").write()
+    work = f"work_dir={tmp_path}/work"
+    before = embedded(first, work)["pool"][1]
+    Image.effect_noise((40, 40), 90).convert("RGB").save(second.image("red"))
+    after = embedded(second, work)["pool"][1]
+    assert not np.array_equal(before[0], after[0]) and np.array_equal(before[1:], after[1:])
+
+
+def test_an_encoder_that_does_not_take_images_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_encoder.ToyEncoder.__init__, "__defaults__", (frozenset({"text"}),))
+    with pytest.raises(Exception, match="does not take 'image', which small.pool.toys_task0 has"):
         embedded(SmallMbeir(tmp_path).write())
