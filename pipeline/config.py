@@ -7,6 +7,7 @@ nearest name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -93,6 +94,10 @@ def load(experiment: str, overrides: Sequence[str] = ()) -> Experiment:
             raise UserError(f"the experiment names no {key}", str(path), f"add a line like: {key}: ...")
     pieces = [_benchmark_piece(*chosen["benchmark"]), *(_encoder_pieces(*chosen["encoders"]))]
     modules = {name: module for name, module, _ in pieces[1:]}
+    if len(modules) < len(pieces) - 1:
+        names = [name for name, _, _ in pieces[1:]]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two encoders are named '{twice}'", str(path), "rename one of the files")
     schema = _skeleton(Settings)
     schema.encoders = {name: _skeleton(load_encoder(module).Params) for name, module in modules.items()}
     schema.benchmark.tasks = {name: _skeleton(TaskSettings) for name in _task_names(pieces[0][2])}
@@ -205,12 +210,17 @@ def _tasks(settings: Settings, benchmark: Benchmark, path: Path) -> tuple[Task, 
 
 
 def _check_pools(experiment: Experiment, path: Path) -> None:
+    for name in (experiment.name, *experiment.settings.unions):
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"'{name}' cannot be part of a file name", str(path), "use letters, digits, _ - .")
     known = {"local", "union", *experiment.settings.unions}
     for name in experiment.settings.pools:
         if name not in known:
             raise UserError(f"'{name}' is neither local, union nor a name under `unions`", str(path),
                             nearest(name, known))
     for union, members in experiment.settings.unions.items():
+        if union in ("local", "union") or not members:
+            raise UserError(f"`unions`: '{union}' needs " + ("members" if not members else "another name"), str(path))
         for member in members:
             if member not in experiment.benchmark.pools:
                 raise UserError(f"union '{union}': there is no pool '{member}'", str(path),

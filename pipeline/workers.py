@@ -124,7 +124,7 @@ def run_embed_processes(experiment: Experiment, command: Sequence[str], count: i
     rows = sum(job.rows_of(unit) for job in plan.jobs["embed"] for unit in plan.missing_units(job, "embed"))
     if not before:
         return run_stage(experiment, "embed")
-    devices = _cuda_devices()
+    devices, count = _cuda_devices(), min(count, before)
     workers = []
     for number in range(count):
         environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, len(os.sched_getaffinity(0)) // count)))

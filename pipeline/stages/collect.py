@@ -225,18 +225,14 @@ def _joined(shards: list[dict[str, Any]]) -> str:
 def _audit(job: AuditJob) -> tuple[int, dict[str, Any]]:
     pools = [pool.manifest() for pool in job.pools]
     qrels = read_table(job.task.path("qrels.parquet"), job.task.fingerprint)
-    query_ids = _ids(job.task, "query_id")
+    queries = [shard["file"] for shard in job.task.manifest()["shards"]]
+    query_ids = _read_ids(job.task.directory, job.task.fingerprint, queries, "query_id")
     candidate_ids = _pool_ids(tuple((pool.directory, pool.fingerprint) for pool in job.pools), tuple(
         tuple(shard["file"] for shard in pool["shards"]) for pool in pools))
     params = job.artifact.params
     found = audit(query_ids, qrels, candidate_ids, params.metrics, params.depth)
     artifacts.write_json(job.artifact.path("audit.json"), found)
     return found["qrels"], found
-
-
-def _ids(table: Artifact, column: str) -> pa.ChunkedArray:
-    files = tuple(shard["file"] for shard in table.manifest()["shards"])
-    return _read_ids(table.directory, table.fingerprint, files, column)
 
 
 def _read_ids(directory: Path, fingerprint: str, files: Sequence[str], column: str) -> pa.ChunkedArray:
