@@ -8,8 +8,8 @@ nearest name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
@@ -18,25 +18,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.benchmarks import Benchmark, Task
 from pipeline.encoders import load_encoder
+from pipeline.pieces import CONFIGS, EncoderChoice, benchmark_piece, encoder_pieces, find, task_names
 from pipeline.settings import Settings, TaskSettings
 from pipeline.sources import Source, read_command_line, read_file
 from pipeline.support.errors import UserError, nearest
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _BASE = CONFIGS / "base.yaml"
-
-
-@dataclass(frozen=True)
-class EncoderChoice:
-    """An encoder of this experiment: its readable name, its module and the module's parameters."""
-
-    name: str
-    module: str
-    params: Any
-
-    def identity(self) -> dict[str, Any]:
-        """What the fingerprint of its embeddings sees; UserError if its weights are not there."""
-        return {"module": self.module, **load_encoder(self.module).identity(self.params)}
 
 
 @dataclass(frozen=True)
@@ -64,35 +51,15 @@ class Experiment:
         return tuple(self.benchmark.pools if pool == "union" else self.settings.unions[pool])
 
 
-def available(kind: str) -> list[str]:
-    """Names in configs/<kind>."""
-    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
-
-
-def find(kind: str, name: str) -> Path:
-    """The file of a named piece of configuration; a path to a YAML file is taken as it is."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"there is no file {name}")
-        return path
-    path = CONFIGS / kind / f"{name}.yaml"
-    if not path.is_file():
-        known = available(kind)
-        raise UserError(f"{kind[:-1]} '{name}' is not known", do="\n".join(
-            line for line in (nearest(name, known), f"all: {', '.join(known)} (or a path to a .yaml file)") if line))
-    return path
-
-
-def load(experiment: str, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment of this name or path, with `key=value` overrides; UserError lists every mistake at once."""
-    path = find("experiments", experiment)
+def load(experiment: str, overrides: Sequence[str] = (), kind: str = "experiments") -> Experiment:
+    """The experiment (or training) of this name or path, with overrides; UserError lists every mistake at once."""
+    path = find(kind, experiment)
     told = [read_file(path), read_command_line(overrides)]
     chosen = {key: source.values[key] for source in told for key in ("benchmark", "encoders") if key in source.values}
     for key in ("benchmark", "encoders"):
         if key not in chosen:
             raise UserError(f"the experiment names no {key}", str(path), f"add a line like: {key}: ...")
-    pieces = [_benchmark_piece(*chosen["benchmark"]), *(_encoder_pieces(*chosen["encoders"]))]
+    pieces = [benchmark_piece(*chosen["benchmark"]), *(encoder_pieces(*chosen["encoders"]))]
     modules = {name: module for name, module, _ in pieces[1:]}
     if len(modules) < len(pieces) - 1:
         names = [name for name, _, _ in pieces[1:]]
@@ -100,7 +67,7 @@ def load(experiment: str, overrides: Sequence[str] = ()) -> Experiment:
         raise UserError(f"two encoders are named '{twice}'", str(path), "rename one of the files")
     schema = _skeleton(Settings)
     schema.encoders = {name: _skeleton(load_encoder(module).Params) for name, module in modules.items()}
-    schema.benchmark.tasks = {name: _skeleton(TaskSettings) for name in _task_names(pieces[0][2])}
+    schema.benchmark.tasks = {name: _skeleton(TaskSettings) for name in task_names(pieces[0][2])}
     origins = _merge(schema, [read_file(_BASE), *(source for _, _, source in pieces), *told])
     return _experiment(schema, path, modules, origins)
 
@@ -115,33 +82,6 @@ def _skeleton(kind: type[Any]) -> DictConfig:
         elif get_origin(hint) is dict and OmegaConf.is_missing(node, name):
             node[name] = {}
     return node
-
-
-def _benchmark_piece(name: Any, where: str) -> tuple[str, str, Source]:
-    if not isinstance(name, str):
-        raise UserError("`benchmark` is a name in configs/benchmarks or a path", where)
-    path = find("benchmarks", name)
-    source = read_file(path, "benchmark.")
-    return path.stem, "", Source({"benchmark.name": (path.stem, where), **source.values})
-
-
-def _task_names(piece: Source) -> list[str]:
-    return list(dict.fromkeys(key.split(".")[2] for key in piece.values if key.startswith("benchmark.tasks.")))
-
-
-def _encoder_pieces(names: Any, where: str) -> Iterator[tuple[str, str, Source]]:
-    """Each encoder's name, module and parameters; a dotted name is the user's own module with its defaults."""
-    for name in [names] if isinstance(names, str) else names or []:
-        if "." in name and not name.endswith((".yaml", ".yml")):
-            yield name.replace(".", "_"), name, Source({})
-            continue
-        path = find("encoders", name)
-        prefix = f"encoders.{path.stem}."
-        values = dict(read_file(path, prefix).values)
-        if f"{prefix}encoder" not in values:
-            raise UserError("this file names no encoder module", str(path), "add a line like `encoder: open_clip`")
-        module, _ = values.pop(f"{prefix}encoder")
-        yield path.stem, module, Source(values)
 
 
 def _merge(schema: DictConfig, sources: Sequence[Source]) -> dict[str, str]:
@@ -225,6 +165,19 @@ def _check_pools(experiment: Experiment, path: Path) -> None:
             if member not in experiment.benchmark.pools:
                 raise UserError(f"union '{union}': there is no pool '{member}'", str(path),
                                 nearest(member, experiment.benchmark.pools))
+
+
+def for_split(experiment: Experiment, split: str) -> Experiment:
+    """A loaded experiment on another split of its benchmark; the pool of a train task is `<task>_train`."""
+    given, before = experiment.settings.benchmark, experiment.benchmark.tasks
+    tasks = {name: replace(task, pool=f"{name}_train") if split == "train" else task
+             for name, task in given.tasks.items()}
+    settings = replace(experiment.settings, benchmark=replace(given, split=split, tasks=tasks))
+    benchmark = _benchmark(settings)
+    unions = {name: list(dict.fromkeys(new.pool for old, new in zip(before, benchmark.tasks) if old.pool in members))
+              for name, members in settings.unions.items()}
+    return replace(experiment, settings=replace(settings, unions=unions), benchmark=benchmark,
+                   tasks=_tasks(settings, benchmark, Path()))
 
 
 T = TypeVar("T")

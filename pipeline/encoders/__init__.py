@@ -18,6 +18,7 @@ from pipeline.support.plugins import load_plugin
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,21 @@ class Encoder(Protocol):
 
     def encode(self, batch: Sequence[Any]) -> np.ndarray:
         """float32 [B, D], one row per prepared item in order, not normalised."""
+
+
+class TrainableEncoder(Encoder, Protocol):
+    """What `train` needs beside: weights that can be learned, under the names by which the module loads them.
+
+    Its module also defines
+
+        with_weights(params, weights: str) -> Params    the same encoder with the weights of this file
+    """
+
+    model: nn.Module  # all parameters, `logit_scale` (a scalar, the logarithm) among them
+    device: str
+
+    def embed(self, batch: Sequence[Any]) -> Tensor:
+        """float32 [B, D] on the device, not normalised, with gradients."""
 
 
 class EncoderModule(Protocol):

@@ -111,7 +111,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
     DistributedDataParallel) removed. UserError if the file is missing, damaged, no checkpoint, or wants code.
     """
     path = find_file(str(path), "weights file")
-    payload = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    payload = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     state = _tensors(payload)
     if not state:
         raise UserError("no model weights in the file", str(path),
@@ -132,7 +132,29 @@ def _read_safetensors(path: Path) -> Any:
             from error
 
 
-def _read_torch(path: Path) -> Any:
+def save_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write name -> tensor to a file that others may read as far as the user's umask says."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode  # some releases of safetensors make the file private
+    save_file(separate(state), path, {"format": "pt"})
+    path.chmod(mode)
+
+
+def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor with memory of its own: a view would drag along all that it is a part of."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage()
+        is_whole = tensor.is_contiguous() and memory.nbytes() == tensor.nbytes and memory.data_ptr() not in seen
+        seen.add(memory.data_ptr())
+        separate[name] = tensor.detach() if is_whole else tensor.detach().contiguous().clone()
+    return separate
+
+
+def read_torch(path: Path) -> Any:
     import torch
 
     # Mapped, not read: two thirds of a training checkpoint are optimizer state that nobody touches here.

@@ -72,8 +72,11 @@ def architecture_hash(architecture: Mapping[str, Any]) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(architecture, sort_keys=True).encode()).hexdigest()
 
 
-def new_model(architecture: Mapping[str, Any], seed: int | None = None) -> Any:
-    """An open_clip model in eval mode, its weights random. On the CPU: a seed means the same everywhere."""
+def new_model(architecture: Mapping[str, Any], seed: int | None = None, plain: Any = None) -> Any:
+    """An open_clip model in eval mode, its weights random. On the CPU: a seed means the same everywhere.
+
+    `plain`: a subclass of open_clip.CLIP to make, instead of open_clip.CLIP itself.
+    """
     import open_clip
     import torch
 
@@ -85,11 +88,11 @@ def new_model(architecture: Mapping[str, Any], seed: int | None = None) -> Any:
         if f"{kind}_name" in config[tower]:
             config[tower][f"{kind}_pretrained"] = False  # never fetch weights that are about to be replaced
     custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    family = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
+    custom = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
         try:
-            return (family if custom_text else open_clip.CLIP)(**config).eval()
+            return (custom if custom_text else plain or open_clip.CLIP)(**config).eval()
         except TypeError as error:
             raise UserError(f"open_clip does not accept this architecture: {error}") from error
         except OSError as error:  # a text tower whose config lies on the Hugging Face Hub
@@ -226,15 +229,19 @@ def _text_tower(model: Any) -> tuple[Any, str | None, int | None]:
     return model, model.text_pool_type, model.text_eos_id
 
 
+def text_positions(model: Any, tokens_BL: Tensor) -> Tensor:
+    """The text tower's state at every position, after its last norm: [B, L, W]. Causal towers only, any L it holds."""
+    tower, length = _text_tower(model)[0], tokens_BL.shape[1]
+    hidden_BLW = tower.token_embedding(tokens_BL) + tower.positional_embedding[:length]
+    return tower.ln_final(tower.transformer(hidden_BLW, attn_mask=tower.attn_mask[:length, :length]))
+
+
 def _encode_short_texts(model: Any, tokens_BL: Tensor) -> Tensor:
     """open_clip's encode_text for fewer tokens than its causal mask, which that method insists on."""
     from open_clip.transformer import text_global_pool
 
     tower, pool, end_of_text = _text_tower(model)
-    length = tokens_BL.shape[1]
-    hidden_BLW = tower.token_embedding(tokens_BL) + tower.positional_embedding[:length]
-    hidden_BLW = tower.transformer(hidden_BLW, attn_mask=tower.attn_mask[:length, :length])
-    ends_BW = text_global_pool(tower.ln_final(hidden_BLW), tokens_BL, pool, end_of_text)
+    ends_BW = text_global_pool(text_positions(model, tokens_BL), tokens_BL, pool, end_of_text)
     projection = tower.text_projection
     if projection is None:
         return ends_BW

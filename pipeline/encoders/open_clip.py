@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ from pipeline.support.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_PREPARED = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711),
+             "interpolation": "bicubic", "resize_mode": "shortest"}  # open_clip's default, OpenAI's
 
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
@@ -60,6 +63,17 @@ def build(params: Params, device: str, precision: str) -> ClipEncoder:
         model = new_model(architecture)
         load_strictly(model, _as_open_clip(model, load_state(path)), path)
     return ClipEncoder(architecture, model, device, precision, preprocess)
+
+
+def with_weights(params: Params, weights: str) -> Params:
+    """The same encoder with trained weights; UserError if its images are prepared as only a tag's file tells."""
+    if params.revision is not None:
+        told = {key: tuple(value) if isinstance(value, list) else value
+                for key, value in _pretrained_tag(params, str(params.weights)).items() if key in _PREPARED}
+        if any(value != _PREPARED[key] for key, value in told.items()):
+            raise UserError(f"tag '{params.weights}' prepares images in its own way, which a file cannot say", None,
+                            f"train from another one, whose preparation is {_PREPARED}")
+    return replace(params, weights=weights, seed=None, revision=None)
 
 
 def _weights_identity(params: Params) -> dict[str, Any]:
@@ -126,7 +140,9 @@ def _as_open_clip(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     own = model.state_dict()
     for name in ("logit_scale", "logit_bias", "text.transformer.embeddings.position_ids",
                  "input_resolution", "context_length", "vocab_size"):
-        state.pop(name, None)
-        if name in own:
-            state[name] = own[name]
+        found = state.pop(name, None)
+        if name in own:  # one number, with or without a dimension: only a training goes on from it
+            if found is None or found.numel() != own[name].numel():
+                found = own[name]
+            state[name] = found.reshape(own[name].shape)
     return state
