@@ -9,6 +9,13 @@ An adapter is a module with
     candidates(benchmark, pool)            iterator of tables.Candidate
     qrels(benchmark, task)                 iterator of tables.Qrel
     candidate_modality(benchmark, task)    the modality of what is sought, or None if the task does not fix it
+
+and, for `train` and `mine-negatives` only, as far as its files know of such things,
+
+    candidate_lists(benchmark, task)       iterator of (query id, ids of its positives, ids of its hard negatives)
+    train_repeats(benchmark)               query id -> how often it stands in an epoch
+    train_sources(benchmark)               the files that both are read from
+    rewrite_negatives(benchmark, negatives, directory)    writes its train queries with other hard negatives
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ is known from its number, so no pool is read for it. A row that contradicts itse
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pipeline.benchmarks import Benchmark, Task
+from pipeline.benchmarks.mbeir_negatives import Lists, MinedNegatives, copy_with_negatives
 from pipeline.benchmarks.mbeir_rows import TASKS, Key, content, judgements, listed, read_prompts, task_number
+from pipeline.benchmarks.mbeir_train import train_repeats, train_sources  # noqa: F401  parts of this adapter
 from pipeline.support.errors import UserError, nearest
 from pipeline.support.rows import Row, json_rows
 from pipeline.tables import Candidate, Qrel, Query
@@ -93,9 +95,34 @@ def qrels(benchmark: Benchmark, task: Task) -> Iterator[Qrel]:
 
 
 def candidate_lists(benchmark: Benchmark, task: Task) -> Iterator[tuple[str, list[str], list[str]]]:
-    """(query id, ids of its positives, ids of its own hard negatives), as the query file lists them."""
+    """(query id, ids of its positives, ids of its own hard negatives), as the query file lists them.
+
+    With `benchmark.options.negatives`, a folder, the hard negatives of train queries are those of its file of the
+    same name.
+    """
+    folder, path = benchmark.options.get("negatives"), _query_path(benchmark, task.name)
+    mined = MinedNegatives(Path(str(folder), path.name)) if folder and benchmark.split == "train" else None
     for row in _query_rows(benchmark, task):
-        yield row.identifier("qid"), listed(row, "pos_cand_list"), listed(row, "neg_cand_list")
+        query_id = row.identifier("qid")
+        negatives = mined.of(query_id) if mined else listed(row, "neg_cand_list")
+        yield query_id, listed(row, "pos_cand_list"), negatives
+
+
+def rewrite_negatives(benchmark: Benchmark, negatives: Mapping[Task, Iterable[tuple[str, list[str]]]],
+                      directory: Path) -> list[Path]:
+    """Write the train query files of these tasks into `directory`, one per data set, with other hard negatives.
+
+    `negatives` gives all query ids of a task in the order of `queries`, each with its new `neg_cand_list`. Lines of
+    other tasks and all other fields stay as they are. UserError if the file has other queries.
+    """
+    assert benchmark.split == "train", "only train files hold hard negatives"
+    by_source: dict[Path, dict[Task, Lists]] = {}
+    for task, lists in negatives.items():
+        by_source.setdefault(_query_path(benchmark, task.name), {})[task] = iter(lists)
+    for source, given in by_source.items():
+        by_number = {_number(task.name): lists for task, lists in given.items()}
+        copy_with_negatives(source, directory / source.name, _train_tasks(benchmark, next(iter(given))), by_number)
+    return [directory / source.name for source in by_source]
 
 
 def format_string(text: str | None) -> str:

@@ -39,6 +39,9 @@ candidates = mbeir.candidates
 qrels = mbeir.qrels
 candidate_modality = mbeir.candidate_modality
 candidate_lists = mbeir.candidate_lists
+rewrite_negatives = mbeir.rewrite_negatives
+train_repeats = mbeir.train_repeats
+train_sources = mbeir.train_sources
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,77 @@ def test_listed_candidates_are_strings_or_objects(root: Path) -> None:
     for broken in ("2:1", {"did": "2:1"}, [1], [{"id": "2:1"}], [None], 7):
         write(path, query("2:1", "a", pos_cand_list=broken))
         refused("pos_cand_list", f"{path}:1", mbeir.candidate_lists(benchmark(root), WEBQA))
+
+
+FIRST, SECOND = task("webqa_task1"), task("webqa_task2")
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Benchmark:
+    """Two tasks of WebQA's in one train file, their queries in turns; 2:4 has no list of negatives."""
+    train_tree(tmp_path, [query("2:1", "a", task_id=1, neg_cand_list=["2:9"]), query("2:2", "b", task_id=2),
+                          query("2:3", "c", task_id=1, weight=[1.5]), {"qid": "2:4", "task_id": 2}],
+               [f"2:{number} 0 2:1 1 {2 - number % 2}" for number in range(1, 5)])
+    return benchmark(tmp_path, FIRST, SECOND, split="train")
+
+
+def with_negatives(train: Benchmark, folder: object) -> Benchmark:
+    return replace(train, options={"negatives": folder})
+
+
+def test_rewritten_negatives_load_back_and_nothing_else_changes(train: Benchmark, tmp_path: Path) -> None:
+    given = {SECOND: [("2:2", ["2:5"]), ("2:4", ["2:6", "2:7"])], FIRST: [("2:1", []), ("2:3", ["2:8"])]}
+    paths = mbeir.rewrite_negatives(train, given, tmp_path / "mined")
+    assert paths == [tmp_path / "mined/mbeir_webqa_train.jsonl"]
+    before = [json.loads(line) for line in (tmp_path / "query/train" / paths[0].name).read_text().splitlines()]
+    after = [json.loads(line) for line in paths[0].read_text().splitlines()]
+    expected = [{**row, "neg_cand_list": lists} for row, lists in zip(before, ([], ["2:5"], ["2:8"], ["2:6", "2:7"]))]
+    assert list(map(list, after)) == list(map(list, expected)) and after == expected
+    for one, lists in given.items():
+        found = mbeir.candidate_lists(with_negatives(train, str(tmp_path / "mined")), one)
+        assert [(query_id, negatives) for query_id, _, negatives in found] == lists
+    assert [path.name for path in (tmp_path / "mined").iterdir()] == [paths[0].name]
+
+
+def test_lines_of_other_tasks_are_the_same_text(train: Benchmark, tmp_path: Path) -> None:
+    source = tmp_path / "query/train/mbeir_webqa_train.jsonl"
+    odd = '{"qid":"2:2","task_id":2,  "neg_cand_list":null,"note":"caf\u00e9 \\u00e9", "weight": 1.50}'
+    write(source, query("2:1", "caf\u00e9", task_id=1), odd.encode(),
+          json.dumps(query("2:3", "caf\u00e9", task_id=1), ensure_ascii=False).encode())
+    (path,) = mbeir.rewrite_negatives(train, {FIRST: iter([("2:1", ["2:7"]), ("2:3", ["2:8"])])}, tmp_path / "mined")
+    first, second, third = path.read_text(encoding="utf-8").split("\n")[:-1]
+    assert second == odd and first.isascii() and not third.isascii()
+    assert [json.loads(line)["query_txt"] for line in (first, third)] == ["caf\u00e9"] * 2
+
+
+@pytest.mark.parametrize("lists, line", [
+    ([("2:1", [])], ":3"), ([("2:1", []), ("2:9", [])], ":3"), ([("2:3", []), ("2:1", [])], ":1"),
+    ([("2:1", []), ("2:3", []), ("2:5", [])], "")])
+def test_negatives_of_other_queries_are_refused_and_nothing_is_written(
+        train: Benchmark, tmp_path: Path, lists: list[tuple[str, list[str]]], line: str) -> None:
+    with pytest.raises(UserError, match="not those that were searched") as caught:
+        mbeir.rewrite_negatives(train, {FIRST: lists}, tmp_path / "mined")
+    assert caught.value.where == f"{tmp_path}/query/train/mbeir_webqa_train.jsonl{line}"
+    assert list((tmp_path / "mined").iterdir()) == []
+
+
+def test_a_missing_file_or_query_of_negatives_is_named(train: Benchmark, tmp_path: Path) -> None:
+    mined, path = with_negatives(train, str(tmp_path / "mined")), tmp_path / "mined/mbeir_webqa_train.jsonl"
+    error = refused("mbeir_webqa_train.jsonl", path, mbeir.candidate_lists(mined, FIRST))
+    assert "benchmark.options.negatives=null" in str(error.do)
+    write(path, query("2:1", "a", neg_cand_list=[{"did": "2:5"}]))
+    refused("for query '2:3'", path, mbeir.candidate_lists(mined, FIRST))
+    write(path, query("2:3", "c"), query("2:1", "a", neg_cand_list=["2:5"]))
+    assert [row[2] for row in mbeir.candidate_lists(mined, FIRST)] == [["2:5"], []]
+    write(path, query("2:3", "c"), query("2:1", "a", neg_cand_list="2:5"))
+    refused("neg_cand_list", f"{path}:2", mbeir.candidate_lists(mined, FIRST))
+
+
+def test_mined_negatives_are_for_train_queries_only(root: Path, train: Benchmark) -> None:
+    test = with_negatives(benchmark(root, MSCOCO), "/nowhere")
+    assert [row[0] for row in mbeir.candidate_lists(test, MSCOCO)] == ["9:2", "9:1"]
+    for without in (None, ""):
+        assert [row[2] for row in mbeir.candidate_lists(with_negatives(train, without), FIRST)] == [["2:9"], []]
 
 
 BROKEN = [
