@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pipeline.artifacts import MADE, Artifact
-from pipeline.config import EncoderChoice
+from pipeline.pieces import EncoderChoice
 from pipeline.plan import Plan, Scored, manifest_of
 from pipeline.support.errors import NotReady
 

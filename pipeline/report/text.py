@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import CONFIGS, Experiment, available
+from pipeline.config import Experiment
+from pipeline.pieces import CONFIGS, available
 from pipeline.plan import Plan
 from pipeline.report.forecast import StageForecast, forecast, free_bytes
 from pipeline.status import StageStatus
@@ -19,7 +20,7 @@ from pipeline.support.errors import UserError
 # What `plan` and `status` print stands in columns of these widths.
 _PLAN = "{:<9}  {:>12}  {:>13}  {:>7}  {}"
 _STATUS = "{:<9}  {:>13}  {:>14}  {:>8}  {}"
-_KINDS = ("experiments", "benchmarks", "encoders", "metrics")
+_KINDS = ("experiments", "benchmarks", "encoders", "training", "metrics")
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def _near(where: str) -> str:
 
 
 def listing(kind: str | None = None) -> str:
-    """What there is to choose from: of one kind, or of all four."""
+    """What there is to choose from: of one kind, or of all."""
     if kind is None:
         return "\n\n".join(f"{name}\n{listing(name)}" for name in _KINDS)
     if kind not in _KINDS:

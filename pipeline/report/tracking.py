@@ -7,7 +7,8 @@ warning, after which the run goes on untracked. It never asks for a login and ne
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,14 +24,20 @@ _COLUMNS = ("encoder", "task", "kind", "pool", "queries", "candidates", "headlin
 
 
 class Tracker:
-    """A context around a run: `stage` after each stage, `scores` at the end. WANDB_MODE is honoured."""
+    """A context around a run: `stage` after each stage, `scores` at the end; `numbers` as a training goes.
 
-    def __init__(self, experiment: Experiment):
-        self.experiment = experiment
+    WANDB_MODE is honoured. `directory` is where wandb keeps its files (default: the experiment's).
+    """
+
+    def __init__(self, experiment: Experiment, kind: str = "evaluation", directory: Path | None = None,
+                 enabled: bool = True):
+        self.experiment, self.kind = experiment, kind
+        self.directory = directory or experiment.directory
+        self.enabled = enabled and bool(experiment.settings.log.wandb)
         self._run: Any = None
 
     def __enter__(self) -> Tracker:
-        if self.experiment.settings.log.wandb:
+        if self.enabled:
             self._try(self._start)
         return self
 
@@ -44,6 +51,10 @@ class Tracker:
             values = {"rows_per_second": rows_per_second, "seconds": seconds, "units_made": units_made}
             self._try(lambda: self._run.log({f"{name}/{key}": value for key, value in values.items()}))
 
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        if self._run is not None:
+            self._try(lambda: self._run.log(dict(values), step=step))
+
     def scores(self, rows: Sequence[ScoreRow]) -> None:
         """Every mean and the averages as summary values, and the table of headlines."""
         if self._run is not None:
@@ -53,11 +64,10 @@ class Tracker:
         import wandb
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise ConnectionError("not logged in (`wandb login`, or set WANDB_MODE=offline)")
-        directory = self.experiment.directory
-        directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
-            project=self.experiment.settings.log.wandb, name=self.experiment.name, job_type="evaluation",
-            dir=str(directory), config=dict(self.experiment.resolved), settings=wandb.Settings(
+            project=self.experiment.settings.log.wandb, name=self.experiment.name, job_type=self.kind,
+            dir=str(self.directory), config=dict(self.experiment.resolved), settings=wandb.Settings(
                 init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, silent=True, console="off"))
 
     def _send(self, rows: Sequence[ScoreRow]) -> None:
