@@ -141,8 +141,8 @@ def _experiment_command(subcommands: Any, name: str, run: Any, text: str, json_o
 
 
 def _list_command(subcommands: Any) -> None:
-    command = subcommands.add_parser("list", help="experiments, benchmarks, encoders, metrics")
-    command.add_argument("kind", nargs="?", choices=("experiments", "benchmarks", "encoders", "metrics"))
+    command = subcommands.add_parser("list", help="experiments, benchmarks, encoders, training, metrics")
+    command.add_argument("kind", nargs="?", choices=("experiments", "benchmarks", "encoders", "training", "metrics"))
     command.set_defaults(run=commands.names, debug=False)
 
 

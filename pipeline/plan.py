@@ -17,9 +17,10 @@ from typing import Any
 
 from pipeline.artifacts import MANIFEST, Artifact, Identity, P, canonical_json, read_manifest
 from pipeline.benchmarks import Task, load_adapter
-from pipeline.config import EncoderChoice, Experiment, part
+from pipeline.config import Experiment, part
 from pipeline.images import ImageStore
 from pipeline.metrics.ranking import Metric
+from pipeline.pieces import EncoderChoice
 from pipeline.stages import STAGES, collect, embed, index, retrieve, score
 from pipeline.support.errors import UserError
 

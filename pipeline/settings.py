@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Optional
 
 from pipeline.stages import collect, embed, index, retrieve
 from pipeline.support.errors import UserError, nearest
+from pipeline.training import settings as training
 
 FORMATS = ("trec", "tsv", "jsonl")
 
@@ -99,6 +100,24 @@ class ExportSettings:
 
 
 @dataclass(frozen=True)
+class TrainingSettings(training.Params, training.Runtime):
+    def __post_init__(self) -> None:
+        _one_of("training.precision", self.precision, embed.PRECISIONS)
+        _one_of("training.repeats", self.repeats, training.REPEATS)
+        _one_of("training.instruction", self.instruction, training.INSTRUCTIONS)
+        for key in ("batch_size", "log_every", "keep"):
+            _at_least(f"training.{key}", getattr(self, key), 1)
+        for key in ("chunk_size", "hard_negatives", "same_task", "max_flawed", "save_every", "validate_every"):
+            _at_least(f"training.{key}", getattr(self, key), 0)
+        _at_least("training.loaders", self.loaders, -1)
+        _more_than("training.epochs", self.epochs, 0)
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"training.warmup is {self.warmup}; it is a share of all steps, from 0 to below 1")
+        if len(self.betas) != 2:
+            raise UserError(f"training.betas is {self.betas}; it has two numbers, such as [0.9, 0.98]")
+
+
+@dataclass(frozen=True)
 class LocalSettings:
     workers: int
 
@@ -123,6 +142,7 @@ class Settings:
     retrieve: RetrieveSettings
     score: ScoreSettings
     export: ExportSettings
+    training: TrainingSettings
     local: LocalSettings
     log: LogSettings
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import CONFIGS, available, load
+from pipeline.config import load
+from pipeline.pieces import CONFIGS, available, load_encoder_choice
 from pipeline.support.errors import UserError
 
 
@@ -119,3 +120,20 @@ def test_own_pieces_by_path(tmp_path: Path) -> None:
     experiment = load("quickstart", [f"encoders=[quickstart_clip, {tmp_path}/mine.yaml]"])
     assert [encoder.name for encoder in experiment.encoders] == ["quickstart_clip", "mine"]
     assert experiment.encoders[1].params.seed == 7
+
+
+def test_a_path_that_begins_with_a_dot_is_beside_the_configuration(tmp_path: Path) -> None:
+    """An imported or trained encoder may be moved with its weights."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.yaml").write_text("encoder: uniir_clip\narchitecture: ViT-B-32-quickgelu\n"
+                                                "weights: ./weights.safetensors\n")
+    experiment = load("quickstart", [f"encoders=[{tmp_path}/mine/own.yaml]"])
+    assert experiment.encoders[0].params.weights == str(tmp_path / "mine" / "weights.safetensors")
+    alone = load_encoder_choice(f"{tmp_path}/mine/own.yaml")
+    assert (alone.params, alone.module) == (experiment.encoders[0].params, "uniir_clip")
+
+
+def test_one_encoder_by_itself_is_checked_too(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("encoder: uniir_clip\narchitecture: ViT-B-32-quickgelu\nwieghts: a\n")
+    with pytest.raises(UserError, match="wieghts"):
+        load_encoder_choice(f"{tmp_path}/own.yaml")

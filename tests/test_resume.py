@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,38 +14,10 @@ import pytest
 from pipeline.config import Experiment, load
 from pipeline.plan import MODULES, make_plan
 from pipeline.stages import STAGES
+from tests.forks import Forks, alive, fork_server, kill
 
 SEED = 7
 KILLS = {"collect": 25, "embed": 30, "index": 8, "retrieve": 25, "score": 25}
-
-
-class Forks:
-    """Handle of tests/fork_server.py."""
-
-    def __init__(self, server: subprocess.Popen[str]):
-        self.server = server
-        assert self._answer() == "ready"
-
-    def start(self, arguments: list[str]) -> int:
-        assert self.server.stdin is not None
-        self.server.stdin.write(json.dumps(arguments) + "\n")
-        self.server.stdin.flush()
-        return int(self._answer())
-
-    def _answer(self) -> str:
-        assert self.server.stdout is not None
-        return self.server.stdout.readline().strip()
-
-
-@contextmanager
-def fork_server() -> Iterator[Forks]:
-    with subprocess.Popen([sys.executable, str(Path(__file__).with_name("fork_server.py"))], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                          env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent))) as server:
-        try:
-            yield Forks(server)
-        finally:
-            server.terminate()
 
 
 def contents(experiment: Experiment) -> dict[str, bytes]:
@@ -62,20 +29,6 @@ def contents(experiment: Experiment) -> dict[str, bytes]:
 
 def num_files(experiment: Experiment, stage: str) -> int:
     return sum(len(files) for _, _, files in os.walk(experiment.work_dir / "artifacts" / stage))
-
-
-def alive(group: int) -> bool:
-    with suppress(ProcessLookupError):
-        os.killpg(group, 0)
-        return True
-    return False
-
-
-def kill(group: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
-    while alive(group):
-        time.sleep(0.002)
 
 
 def work_and_be_killed(forks: Forks, experiment: Experiment, arguments: list[str], stage: str,
@@ -93,12 +46,6 @@ def work_and_be_killed(forks: Forks, experiment: Experiment, arguments: list[str
     return interrupted
 
 
-def finish(forks: Forks, arguments: list[str], stage: str) -> None:
-    group = forks.start([stage, "quickstart", *arguments])
-    while alive(group):
-        time.sleep(0.01)
-
-
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments_in_every_stage(quick_run: Experiment, small_arguments: list[str], tmp_path: Path,
                                                  record_property: object, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +55,7 @@ def test_killed_at_random_moments_in_every_stage(quick_run: Experiment, small_ar
         for stage in STAGES:
             while kills[stage] < KILLS[stage] and not _is_done(experiment, stage):
                 kills[stage] += work_and_be_killed(forks, experiment, arguments, stage, chance)
-            finish(forks, arguments, stage)
+            forks.finish([stage, "quickstart", *arguments])
             assert _is_done(experiment, stage), f"{stage} did not finish after {kills[stage]} kills"
     assert all(kills[stage] for stage in STAGES), kills
     expected, found = contents(quick_run), contents(experiment)

@@ -70,8 +70,8 @@ def facts(job: Job, runtime: Runtime) -> dict[str, Any]:
     return {"scores": json.loads(job.artifact.path(SCORES).read_text())}
 
 
-def tables_of(artifact: Artifact, columns: Sequence[str]) -> pa.Table:
-    """All shards of a collected table, some of its columns."""
+def tables_of(artifact: Artifact, columns: Sequence[str] | None = None) -> pa.Table:
+    """All shards of a collected table, all or some of its columns."""
     files = [shard["file"] for shard in artifact.manifest()["shards"]]
     return pa.concat_tables([read_table(artifact.path(file), artifact.fingerprint, columns) for file in files])
 
