@@ -24,7 +24,7 @@ from pipeline.artifacts import atomic_path, canonical_json
 from pipeline.config import Experiment, for_split, part
 from pipeline.devices import resolve_device
 from pipeline.encoders import load_encoder
-from pipeline.encoders.checkpoints import load_state, weights_hash
+from pipeline.encoders.checkpoints import find_file, load_state, weights_hash
 from pipeline.images import ImageStore
 from pipeline.loading import num_loaders
 from pipeline.pieces import EncoderChoice
@@ -32,7 +32,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.report.rows import average, score_rows
 from pipeline.report.tracking import Tracker
 from pipeline.stages import STAGES
-from pipeline.support.errors import UserError
+from pipeline.support.errors import UserError, nearest
 from pipeline.training.draws import Course
 from pipeline.training.examples import Examples
 from pipeline.training.feeding import Feeder
@@ -51,11 +51,15 @@ log = logging.getLogger("pipeline")
 def train(experiment: Experiment, accept_changes: bool, say: Callable[..., Any]) -> Path:
     """Train from the last checkpoint on, or from the start; returns the configuration of the trained encoder."""
     params, runtime = part(experiment.settings.training, Params), part(experiment.settings.training, Runtime)
+    _only_encoder(experiment).identity()  # weights that are missing are better known before millions of rows are read
+    if params.start:
+        find_file(params.start, "training.start")
     encoder_file = directory_of(experiment) / f"{experiment.name}.yaml"
     with joined(_device(runtime.device)) as processes:
         if params.batch_size % processes.world:
             what = f"{processes.world} processes cannot share training.batch_size={params.batch_size}"
             raise UserError(what, do=f"set a multiple of {processes.world}")
+        _seed_dropout(params.seed + processes.rank)
         examples = _examples_for_all(experiment, params, processes)
         with Tracker(experiment, "training", directory_of(experiment), processes.is_first) as tracker:
             trainer = _trainer(experiment, params, runtime, examples, processes, tracker)
@@ -75,6 +79,12 @@ def _device(asked: str) -> str:
     """One CUDA device for each process of this machine."""
     device = resolve_device(asked)
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+
+
+def _seed_dropout(seed: int) -> None:
+    """The only chance that is torch's own: all else is drawn by number (draws.py). Another one for each process."""
+    import torch
+    torch.manual_seed(seed)
 
 
 def _trainer(experiment: Experiment, params: Params, runtime: Runtime, examples: Examples, processes: Processes,
@@ -164,6 +174,11 @@ def _validator(experiment: Experiment, runtime: Runtime) -> Callable[[Checkpoint
     """What a checkpoint scores through all stages: headline metrics of the val split on the union, their average."""
     choice, base = _only_encoder(experiment), for_split(experiment, "val")
     module: Any = load_encoder(choice.module)
+    known = [task.name for task in base.tasks]
+    for name in runtime.validation_tasks:
+        if name not in known:
+            raise UserError(f"training.validation_tasks: '{name}' is not a task of this training", do=(
+                nearest(name, known) or f"all: {', '.join(known)}"))
     tasks = tuple(task for task in base.tasks if not runtime.validation_tasks or task.name in runtime.validation_tasks)
     settings = replace(base.settings, pools=["union"])
 

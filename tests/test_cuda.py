@@ -8,12 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.cli import main
 from pipeline.config import Experiment, load
 from pipeline.embeddings import EmbeddingStore
 from pipeline.indexes import exact_search, id_order
 from pipeline.plan import make_plan
 from pipeline.workers import run_stage
 from tests.indexes.oracle import blocks_of, statistics_of, true_hits
+from tests.test_train import Training
 
 RANDOM = np.random.default_rng(0)
 
@@ -57,3 +59,18 @@ def test_vectors_equal_those_of_the_cpu(quick_run: Experiment, small_arguments: 
             norms_N1 = np.linalg.norm(expected_ND, axis=1, keepdims=True)
             assert ours.ids == theirs.ids
             assert (np.abs(ours.vectors_ND.astype(np.float32) - expected_ND) / norms_N1).max() < tolerance
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.2), ("fp16", 0.1)])
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_training_learns_what_it_learns_on_the_cpu(tmp_path: Path, mini_data: Path, precision: str, tolerance: float,
+                                                   cached: str) -> None:
+    """Losses of the first steps; the difference grows as small ones do in any training."""
+    losses = []
+    for device in ("cpu", "cuda"):
+        training = Training(tmp_path / device, mini_data)
+        more = [f"training.device={device}", f"training.precision={precision if device == 'cuda' else 'fp32'}",
+                f"training.cached_gradients={cached}", "training.gradient_checkpointing=true", "training.epochs=0.1"]
+        assert main(training.command(*more)) == 0
+        losses.append(training.losses())
+    assert losses[1] == pytest.approx(losses[0], abs=tolerance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -114,6 +115,16 @@ def test_killed_and_resumed_equals_uninterrupted(training: Training, finished: T
     assert hidden == []
 
 
+def test_resumed_dropout_is_that_of_an_uninterrupted_training(tmp_path: Path, mini_data: Path) -> None:
+    """Feature fusion drops out at random: the random states of a checkpoint go on where they stood."""
+    fused = Training(tmp_path, mini_data, 32, "feature")
+    assert main(fused.command("training.epochs=0.1")) == 0
+    lines, weights = fused.lines(), fused.weights(10)
+    shutil.rmtree(fused.directory / "checkpoints" / "step-00000010")
+    assert main(fused.command("training.epochs=0.1", "training.loaders=1")) == 0
+    assert fused.lines() == lines and fused.weights(10) == weights
+
+
 def _work_and_be_killed(forks: Forks, training: Training, chance: random.Random) -> bool:
     """Kill soon after one to four more lines were written, or while checkpoints are; was it alive?"""
     log = training.directory / "log.jsonl"
@@ -203,6 +214,8 @@ def test_a_start_from_weights_of_other_layers(tmp_path: Path, mini_data: Path, f
 @pytest.mark.parametrize("more, told", [
     (["encoders=[tests.toy_encoder]"], "cannot be trained"),
     (["encoders=[tests.toy_encoder, clip_vit_b32_openai]"], "one encoder"),
+    (["training.validation_tasks=[facts_task2]"], "nearest: facts_task1"),
+    (["training.start=/no/where.safetensors"], "training.start not found"),
     (["training.batch_size=100000"], "training.batch_size is 100000"),
     (["training.rows={digit: 4}"], "training.rows names 'digit'"),
     (["training.batchsize=3"], "nearest: batch_size"),

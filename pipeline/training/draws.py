@@ -97,9 +97,12 @@ def rows_of_epoch(examples: Examples, params: Params) -> np.ndarray:
     A group is a task ("webqa_task1") or a data set ("webqa", all its tasks together).
     """
     repeats_Q = np.asarray(examples.queries["repeats"]).astype(np.int64)
-    random = np.random.default_rng([params.seed])
+    random, told = np.random.default_rng([params.seed]), np.zeros(len(repeats_Q), bool)
     for name, target in params.rows.items():
         members = np.flatnonzero(np.isin(examples.tasks, _tasks_called(name, examples.task_names)))
+        if told[members].any():
+            raise UserError(f"training.rows names the tasks of '{name}' twice", do="name a data set or its tasks")
+        told[members] = True
         if not len(members):
             raise UserError(f"training.rows names '{name}', which is neither a task nor a data set",
                             do=f"tasks: {', '.join(examples.task_names)}")

@@ -80,10 +80,13 @@ class Feeder:
             generator=torch.Generator())  # a loader draws a seed: from torch's own, a resumed dropout would differ
         flawed: set[str] = set()
         arriving = iter(loader)
-        for _ in range(start, self.course.num_steps):
-            first = self._unpacked(next(arriving), flawed)
-            layout = planned.popleft()
-            yield Prepared(layout, [first, *(self._unpacked(next(arriving), flawed) for _ in layout.chunks[1:])])
+        try:
+            for _ in range(start, self.course.num_steps):
+                first = self._unpacked(next(arriving), flawed)
+                layout = planned.popleft()
+                yield Prepared(layout, [first, *(self._unpacked(next(arriving), flawed) for _ in layout.chunks[1:])])
+        finally:
+            del arriving  # ends its processes now: an error would keep it, and a collector's end of it takes seconds
 
     def _schedule(self, start: int, planned: deque[Layout]) -> Iterator[list[Key]]:
         for number in range(start, self.course.num_steps):

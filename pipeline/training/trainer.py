@@ -94,9 +94,10 @@ class Trainer:
             self._validate_if_due()
         bar = _bar(first, total) if self.processes.is_first else None
         for prepared in self.feeder.steps(first):
+            learning_rate = self.learner.learning_rate
             outcome = self.learner.step(prepared, self.course.step(self.step))
             self.step += 1
-            self._window.append((self.step, outcome.loss, outcome.accuracy, self.learner.learning_rate))
+            self._window.append((self.step, outcome.loss, outcome.accuracy, learning_rate))
             is_last = self.step == total
             saves = is_last or self._is_due(self.runtime.save_every) or self._is_due(self.runtime.validate_every)
             if saves or self._is_due(self.runtime.log_every):
@@ -135,7 +136,7 @@ class Trainer:
         bar.update(self.step - bar.n)
         bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}, {rate:.0f} queries/s")
         self.record({"loss": loss, "accuracy": accuracy, "queries_per_second": rate,
-                     "learning_rate": self.learner.learning_rate, "scale": self.learner.scale}, self.step)
+                     "learning_rate": lines[-1]["learning_rate"], "scale": self.learner.scale}, self.step)
 
     def _save(self) -> None:
         random = self.processes.all_of(random_state(self.learner.device))

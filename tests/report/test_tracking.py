@@ -41,8 +41,8 @@ class _Run:
         self.summary: dict[str, float] = {}
         self.codes: list[int] = []
 
-    def log(self, values: dict[str, Any]) -> None:
-        self.logged.append(values)
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self.logged.append(values if step is None else {**values, "step": step})
 
     def finish(self, exit_code: int) -> None:
         self.codes.append(exit_code)
@@ -63,6 +63,14 @@ def test_without_a_project_wandb_is_not_imported() -> None:
               "    tracker.stage('embed', 1.0, 1.0, 1); tracker.scores([])\n"
               "assert not {'wandb', 'torch'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_numbers_of_a_training_are_sent_by_its_first_process_only(tracked: Experiment, run: _Run,
+                                                                      tmp_path: Path) -> None:
+    for enabled in (True, False):
+        with Tracker(tracked, "training", tmp_path / "trainings", enabled) as tracker:
+            tracker.numbers({"loss": 0.5, "validation/average": 0.25}, 40)
+    assert run.logged == [{"loss": 0.5, "validation/average": 0.25, "step": 40}] and run.codes == [0]
 
 
 def test_what_is_sent(tracked: Experiment, quick_run: Experiment, run: _Run) -> None:
