@@ -21,6 +21,8 @@ from safetensors.numpy import load_file
 from pipeline.cli import main
 from tests.forks import Forks, alive, fork_server, kill
 
+pytestmark = pytest.mark.timeout(400)  # whole trainings; some start PyTorch anew
+
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = {
     "embed_dim": 16, "quick_gelu": True,
@@ -178,7 +180,7 @@ def test_two_processes_learn_what_one_does(training: Training, finished: Trainin
         port = free.getsockname()[1]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"--master-port={port}",
-         "-m", "pipeline", *training.command()], cwd=ROOT, capture_output=True, text=True, timeout=110,
+         "-m", "pipeline", *training.command()], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert training.losses() == pytest.approx(finished.losses(), abs=1e-5)

@@ -27,6 +27,8 @@ from pipeline.training.objective import Objective
 from pipeline.training.processes import Processes, joined
 from tests.training.tiny import ToyEncoder, Toys, feeder_of, params_of, runtime_of, tiny_clip, toys, weights_of
 
+pytestmark = pytest.mark.timeout(400)  # two processes that start PyTorch anew
+
 STEPS = 5
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -128,7 +130,7 @@ def two(directory: Path) -> list[dict[str, Learned]]:
         command = [sys.executable, "-m", "tests.training.test_processes", str(directory)]
         running.append(subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True,
                                         env={**os.environ, **told, "GLOO_SOCKET_IFNAME": "lo"}))
-    told_by = [process.communicate(timeout=100)[1] for process in running]
+    told_by = [process.communicate(timeout=300)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(told_by)
     found = [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(2)]
     return [{name: Learned(*learned) for name, learned in own.items()} for own in found]
