@@ -37,6 +37,7 @@ def rewind(path: Path, step: int) -> None:
 
 def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """A PNG: loss, in-batch accuracy, and the validation scores where there are some."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     steps = [line for line in lines if "loss" in line]
@@ -47,11 +48,11 @@ def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     left.plot(*_smoothed(steps, "loss"), color="tab:blue")
     left.set(xlabel="step", ylabel="loss", title=title, yscale="log")
     right.plot(*_smoothed(steps, "accuracy"), color="tab:grey", label="in-batch accuracy")
-    for task in validations[-1]["validation"] if validations else ():
+    for number, task in enumerate(validations[-1]["validation"] if validations else ()):
         values = [line["validation"].get(task) for line in validations]
         is_average = task == "average"
         right.plot([line["step"] for line in validations], values, marker=".", linewidth=2.5 if is_average else 0.8,
-                   color="black" if is_average else None, label=task)
+                   color="black" if is_average else colormaps["tab20"](number % 20), label=task)
     right.set(xlabel="step", ylim=(0, 1), title="accuracy, and validation (union)")
     right.legend(fontsize=5.5, loc="center left", bbox_to_anchor=(1, 0.5))
     with atomic_path(path) as temporary:
