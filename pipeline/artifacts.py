@@ -170,9 +170,9 @@ def atomic_path(path: Path, first_wins: bool = False) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         _commit(temporary, path, first_wins)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full while writing {path.name}", str(path.parent),
@@ -193,7 +193,8 @@ def _commit(temporary: Path, path: Path, first_wins: bool) -> None:
     os.replace(temporary, path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

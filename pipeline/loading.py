@@ -22,6 +22,7 @@ from pipeline.embeddings import read_table
 from pipeline.encoders import Encoder, Item
 from pipeline.images import Flaw, ImageStore
 from pipeline.support.errors import UserError
+from pipeline.support.loaders import as_bytes, one_thread
 
 _FEW = 256  # below so many items, starting loader processes costs more than it saves
 
@@ -62,8 +63,8 @@ def batches(sources: Sequence[Source], encoder: Encoder, batch_size: int, loader
     import torch
     loader: torch.utils.data.DataLoader[bytes] = torch.utils.data.DataLoader(
         _Items(sources, encoder), batch_sampler=_schedule(sources, batch_size),  # type: ignore[arg-type]
-        collate_fn=_packed, num_workers=loaders, prefetch_factor=4 if loaders else None,
-        worker_init_fn=_one_thread if loaders else None)
+        collate_fn=as_bytes, num_workers=loaders, prefetch_factor=4 if loaders else None,
+        worker_init_fn=one_thread if loaders else None)
     for packed in loader:
         keys, prepared, flaws = zip(*pickle.loads(packed))
         for flaw in flaws:
@@ -72,21 +73,11 @@ def batches(sources: Sequence[Source], encoder: Encoder, batch_size: int, loader
         yield Batch(keys[0].position, list(keys), list(prepared), list(flaws))
 
 
-def num_loaders(asked: int, num_items: int) -> int:
-    """Loader processes to start: as asked, or (-1) one per core this process was given, at most 8."""
+def num_loaders(asked: int, num_items: int, sharing: int = 1) -> int:
+    """Loader processes to start: as asked, or (-1) one per core, at most 8; `sharing` processes share the cores."""
     if asked >= 0:
         return asked
-    return min(8, len(os.sched_getaffinity(0))) if num_items > _FEW else 0
-
-
-def _packed(rows: list[tuple[Key, Any, Any]]) -> bytes:
-    """A batch as plain bytes: torch would send every tensor as a shared file of its own, and run out of handles."""
-    return pickle.dumps(rows, protocol=5)
-
-
-def _one_thread(_: int) -> None:
-    import torch
-    torch.set_num_threads(1)  # also: a forked child that opens a parallel region of its parent's pool would hang
+    return max(1, min(8, len(os.sched_getaffinity(0)) // sharing)) if num_items > _FEW else 0
 
 
 def _schedule(sources: Sequence[Source], batch_size: int) -> Iterator[list[Key]]:

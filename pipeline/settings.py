@@ -104,6 +104,7 @@ class TrainingSettings(training.Params, training.Runtime):
     def __post_init__(self) -> None:
         _one_of("training.precision", self.precision, embed.PRECISIONS)
         _one_of("training.repeats", self.repeats, training.REPEATS)
+        _one_of("training.validation_pool", self.validation_pool, training.POOLS)
         _one_of("training.instruction", self.instruction, training.INSTRUCTIONS)
         for key in ("batch_size", "log_every", "keep"):
             _at_least(f"training.{key}", getattr(self, key), 1)

@@ -7,13 +7,13 @@ shared with the experiments.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,25 @@ import yaml
 
 from pipeline import artifacts
 from pipeline.artifacts import atomic_path, canonical_json
-from pipeline.config import Experiment, for_split, part
+from pipeline.config import Experiment, part
 from pipeline.devices import resolve_device
 from pipeline.encoders import load_encoder
 from pipeline.encoders.checkpoints import find_file, load_state, weights_hash
 from pipeline.images import ImageStore
 from pipeline.loading import num_loaders
 from pipeline.pieces import EncoderChoice
-from pipeline.plan import Plan, make_plan
-from pipeline.report.rows import average, score_rows
 from pipeline.report.tracking import Tracker
-from pipeline.stages import STAGES
-from pipeline.support.errors import UserError, nearest
+from pipeline.support.errors import UserError
 from pipeline.training.draws import Course
 from pipeline.training.examples import Examples
 from pipeline.training.feeding import Feeder
 from pipeline.training.learning import Learner
 from pipeline.training.objective import Objective
 from pipeline.training.processes import Processes, joined
-from pipeline.training.saving import Checkpoint
 from pipeline.training.settings import Params, Runtime
 from pipeline.training.trainer import Trainer
 from pipeline.training_set import directory_of, make_examples
-from pipeline.workers import run_stage
+from pipeline.validation import Validator
 
 log = logging.getLogger("pipeline")
 
@@ -51,7 +47,8 @@ log = logging.getLogger("pipeline")
 def train(experiment: Experiment, accept_changes: bool, say: Callable[..., Any]) -> Path:
     """Train from the last checkpoint on, or from the start; returns the configuration of the trained encoder."""
     params, runtime = part(experiment.settings.training, Params), part(experiment.settings.training, Runtime)
-    _only_encoder(experiment).identity()  # weights that are missing are better known before millions of rows are read
+    choice = _trainable_encoder(experiment)
+    choice.identity()  # weights that are missing are better known before millions of rows are read
     if params.start:
         find_file(params.start, "training.start")
     encoder_file = directory_of(experiment) / f"{experiment.name}.yaml"
@@ -60,9 +57,12 @@ def train(experiment: Experiment, accept_changes: bool, say: Callable[..., Any])
             what = f"{processes.world} processes cannot share training.batch_size={params.batch_size}"
             raise UserError(what, do=f"set a multiple of {processes.world}")
         _seed_dropout(params.seed + processes.rank)
-        examples = _examples_for_all(experiment, params, processes)
-        with Tracker(experiment, "training", directory_of(experiment), processes.is_first) as tracker:
-            trainer = _trainer(experiment, params, runtime, examples, processes, tracker)
+        validator = Validator(experiment, choice, runtime, processes)
+        with _alone(experiment, processes), \
+                Tracker(experiment, "training", directory_of(experiment), processes.is_first) as tracker:
+            validator.prepare()
+            examples = _examples_for_all(experiment, params, processes)
+            trainer = _trainer(experiment, params, runtime, examples, processes, validator, tracker)
             first, total = trainer.resume(accept_changes), trainer.course.num_steps
             if processes.is_first:
                 _write_config(experiment)
@@ -88,26 +88,27 @@ def _seed_dropout(seed: int) -> None:
 
 
 def _trainer(experiment: Experiment, params: Params, runtime: Runtime, examples: Examples, processes: Processes,
-             tracker: Tracker) -> Trainer:
-    choice, course = _only_encoder(experiment), Course(examples, params)
+             validator: Validator, tracker: Tracker) -> Trainer:
+    choice, course = validator.choice, Course(examples, params)
     feeder, learner = fed_learner(experiment, params, runtime, course, processes)
     options = {**asdict(params), "start": params.start and weights_hash(Path(params.start))}
     asked = {**{f"training.{key}": value for key, value in options.items()}, "encoder": choice.identity(),
              "examples": [file["sha256"] for file in artifacts.read_manifest(examples.directory)["files"]]}
     return Trainer(directory_of(experiment), experiment.name, course, feeder, learner, runtime, processes,
-                   json.loads(canonical_json(asked)), _configuration(choice), _validator(experiment, runtime),
-                   tracker.numbers)
+                   json.loads(canonical_json(asked)), _configuration(choice), validator, tracker.numbers)
 
 
 def fed_learner(experiment: Experiment, params: Params, runtime: Runtime, course: Course,
                 processes: Processes) -> tuple[Feeder, Learner]:
     """The encoder with its initial weights, ready to learn, and what feeds it."""
-    choice = _only_encoder(experiment)
+    choice = _trainable_encoder(experiment)
     encoder: Any = load_encoder(choice.module).build(choice.params, _device(runtime.device), params.precision)
-    _check_trainable(encoder, choice)
+    if not hasattr(encoder, "embed") or not hasattr(getattr(encoder, "model", None), "logit_scale"):
+        raise _not_trainable(choice)
     if params.start:
         _start_from(encoder.model, Path(params.start))
-    loaders = num_loaders(runtime.loaders, course.num_steps * params.batch_size)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the cores of this machine
+    loaders = num_loaders(runtime.loaders, course.num_steps * params.batch_size, here)
     feeder = Feeder(course, _images(experiment), encoder, runtime.chunk_size, loaders, runtime.max_flawed,
                     processes.rank, processes.world)
     objective = Objective(course.examples, params.symmetric, processes)
@@ -131,10 +132,13 @@ def _start_from(model: Any, path: Path) -> None:
             log.info("start: %d weights are taken, %d %s (%s ...)", len(taken), len(names), what, min(names))
 
 
-def _only_encoder(experiment: Experiment) -> EncoderChoice:
+def _trainable_encoder(experiment: Experiment) -> EncoderChoice:
     if len(experiment.encoders) != 1:
         raise UserError(f"a training has one encoder, not {len(experiment.encoders)}", do="encoders: [<one name>]")
-    return experiment.encoders[0]
+    choice = experiment.encoders[0]
+    if not hasattr(load_encoder(choice.module), "with_weights"):
+        raise _not_trainable(choice)
+    return choice
 
 
 def _configuration(choice: EncoderChoice) -> Callable[[str], Mapping[str, Any]]:
@@ -143,12 +147,27 @@ def _configuration(choice: EncoderChoice) -> Callable[[str], Mapping[str, Any]]:
     return lambda weights: {"encoder": choice.module, **asdict(module.with_weights(choice.params, weights))}
 
 
-def _check_trainable(encoder: Any, choice: EncoderChoice) -> None:
-    has_model = hasattr(encoder, "embed") and hasattr(getattr(encoder, "model", None), "logit_scale")
-    if not has_model or not hasattr(load_encoder(choice.module), "with_weights"):
-        raise UserError(f"encoder '{choice.name}' cannot be trained", choice.module, (
-            "it needs `model`, a torch module with `logit_scale`, and `embed`, from prepared items to vectors with\n"
-            "gradients; its module needs `with_weights`: see pipeline/encoders/__init__.py"))
+def _not_trainable(choice: EncoderChoice) -> UserError:
+    return UserError(f"encoder '{choice.name}' cannot be trained", choice.module, (
+        "it needs `model`, a torch module with `logit_scale`, and `embed`, from prepared items to vectors with\n"
+        "gradients; its module needs `with_weights`: see pipeline/encoders/__init__.py"))
+
+
+@contextmanager
+def _alone(experiment: Experiment, processes: Processes) -> Iterator[None]:
+    """Nobody else trains in this directory meanwhile. The lock ends with this process, however it ends."""
+    path = directory_of(experiment) / ".lock"
+    if not processes.is_first:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes would inherit it
+        except BlockingIOError:
+            raise UserError("this training is running already", str(path.parent),
+                            "wait for it, or begin another one: name=...") from None
+        yield
 
 
 def _images(experiment: Experiment) -> ImageStore:
@@ -159,7 +178,6 @@ def _images(experiment: Experiment) -> ImageStore:
 def _examples_for_all(experiment: Experiment, params: Params, processes: Processes) -> Examples:
     """The first process makes them if they are missing, then all open them."""
     made = make_examples(experiment, params) if processes.is_first else None
-    processes.wait()
     directory = processes.all_of(made.directory if made else None)[0]
     assert directory is not None, "the first process makes the examples"
     return Examples(directory)
@@ -168,46 +186,3 @@ def _examples_for_all(experiment: Experiment, params: Params, processes: Process
 def _write_config(experiment: Experiment) -> None:
     with atomic_path(directory_of(experiment) / "config.yaml") as path:
         path.write_text(yaml.safe_dump(dict(experiment.resolved), sort_keys=False))
-
-
-def _validator(experiment: Experiment, runtime: Runtime) -> Callable[[Checkpoint], Mapping[str, float]]:
-    """What a checkpoint scores through all stages: headline metrics of the val split on the union, their average."""
-    choice, base = _only_encoder(experiment), for_split(experiment, "val")
-    module: Any = load_encoder(choice.module)
-    known = [task.name for task in base.tasks]
-    for name in runtime.validation_tasks:
-        if name not in known:
-            raise UserError(f"training.validation_tasks: '{name}' is not a task of this training", do=(
-                nearest(name, known) or f"all: {', '.join(known)}"))
-    tasks = tuple(task for task in base.tasks if not runtime.validation_tasks or task.name in runtime.validation_tasks)
-    settings = replace(base.settings, pools=["union"])
-
-    def validate(checkpoint: Checkpoint) -> Mapping[str, float]:
-        params = module.with_weights(choice.params, str(checkpoint.weights))
-        encoder = EncoderChoice(f"{experiment.name}-{checkpoint.directory.name}", choice.module, params)
-        trial = replace(base, settings=settings, tasks=tasks, encoders=(encoder,))
-        with _quiet():
-            for stage in STAGES:
-                run_stage(trial, stage)
-        return _scores_and_forget(make_plan(trial))
-
-    return validate
-
-
-def _scores_and_forget(plan: Plan) -> dict[str, float]:
-    """Read the scores, then delete what belongs to this checkpoint alone: only the tables stay."""
-    rows = score_rows(plan)
-    for stage in STAGES[1:]:
-        for job in plan.jobs[stage]:
-            shutil.rmtree(job.artifact.directory)
-    return {**{row.task: row.value.mean for row in rows}, "average": average(rows)}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(before)

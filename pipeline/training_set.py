@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ def directory_of(experiment: Experiment) -> Path:
 def make_examples(experiment: Experiment, params: Params) -> Examples:
     """Collect the train split, and write what a training reads unless it is there."""
     source = for_split(experiment, "train")
+    # Hard negatives may come from anywhere; without them only the tasks' own pools are of interest.
+    pools = ["union"] if params.hard_negatives else ["local"]
+    source = replace(source, settings=replace(source.settings, pools=pools))
     run_stage(source, "collect")
     plan = make_plan(source)
     artifact = _examples_artifact(source, plan, params)

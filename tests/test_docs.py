@@ -63,8 +63,8 @@ def test_every_command_and_option_of_the_readme_exists() -> None:
     table = set(re.findall(r"^\| ((?:`[a-z-]+` ?)+) \|", README, re.MULTILINE))
     named = {name for row in table for name in re.findall(r"`([a-z-]+)`", row)}
     assert named - {"open_clip", "uniir_clip"} == commands
-    option = r"'?\b((?:embed|index|local|log|collect|benchmark|retrieve)\.[a-z_.]+)=(\S*?)'?(?=[\s`])"
+    option = r"'?\b((?:embed|index|local|log|collect|benchmark|retrieve|training)\.[a-z_.]+)=(\S*?)'?(?=[\s`])"
     for key, value in re.findall(option, README):
         load("mbeir_clip_sf", [f"{key}={value.rstrip(',;')}"])
-    for key in re.findall(r"`((?:embed|index|local|log|collect|retrieve)\.[a-z_]+)`", README):
+    for key in re.findall(r"`((?:embed|index|local|log|collect|retrieve|training)\.(?!jsonl)[a-z_]+)`", README):
         assert key in load("quickstart").origins, key

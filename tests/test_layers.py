@@ -13,7 +13,7 @@ PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 FLOORS: dict[str, tuple[str, ...]] = {
     "door": ("__main__",),
     "commands": ("cli", "commands"),
-    "all of it": ("run", "train", "training_set", "mining"),
+    "all of it": ("run", "train", "training_set", "validation", "mining"),
     "views": ("report", "status", "reasons", "garbage", "workers"),
     "plan": ("plan",),
     "configuration": ("config",),

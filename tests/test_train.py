@@ -113,8 +113,7 @@ def test_killed_and_resumed_equals_uninterrupted(training: Training, finished: T
         forks.finish(training.command())
     assert training.lines() == finished.lines()
     assert training.weights(steps) == finished.weights(steps)
-    hidden = [path for path in training.directory.rglob(".*") if ".tmp-" not in path.name]
-    assert hidden == []
+    assert [path.name for path in training.directory.rglob(".*")] == [".lock"]
 
 
 def test_resumed_dropout_is_that_of_an_uninterrupted_training(tmp_path: Path, mini_data: Path) -> None:
@@ -178,13 +177,16 @@ def test_two_processes_learn_what_one_does(training: Training, finished: Trainin
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    validation = ["training.validate_every=1000", "training.validation_tasks=[facts_task1]",
+                  "training.validation_pool=local"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"--master-port={port}",
-         "-m", "pipeline", *training.command()], cwd=ROOT, capture_output=True, text=True, timeout=300,
+         "-m", "pipeline", *training.command(*validation)], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert training.losses() == pytest.approx(finished.losses(), abs=1e-5)
     assert done.stdout.count("train      ") == 1, "the second process speaks as well"
+    assert set(training.lines()[-1]["validation"]) == {"facts_task1", "average"}
     last = f"checkpoints/step-{len(finished.lines()):08d}/weights.safetensors"
     ours, theirs = load_file(training.directory / last), load_file(finished.directory / last)
     for name, values in theirs.items():
@@ -236,14 +238,47 @@ def test_an_unknown_training_names_the_known_ones(capsys: pytest.CaptureFixture[
     assert "tiny_clip_sf" in capsys.readouterr().err
 
 
-def test_interrupted_by_the_user(training: Training) -> None:
-    """Control-C ends it with a word, not with a traceback, and the same command goes on."""
-    with subprocess.Popen([sys.executable, "-m", "pipeline", *training.command("training.epochs=200")], cwd=ROOT,
-                          stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_the_step_it_has_made(training: Training, number: signal.Signals,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """Control-C, or a scheduler's SIGTERM: a word, no traceback, nothing lost. Meanwhile nobody else trains here."""
+    command = training.command("training.epochs=200", "training.save_every=100000")
+    with subprocess.Popen([sys.executable, "-m", "pipeline", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
         while _size(training.directory / "log.jsonl") < 500:
             assert child.poll() is None
             time.sleep(0.05)
-        child.send_signal(signal.SIGINT)
+        assert main(command) == 2 and "is running already" in capsys.readouterr().err
+        child.send_signal(number)
         assert child.stderr is not None
         told = child.stderr.read()
     assert child.returncode == 130 and "the same command goes on" in told and "Traceback" not in told
+    checkpoint, = (training.directory / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{training.lines()[-1]['step']:08d}"
+
+
+def test_what_a_kill_left_undone_is_done_later(finished: Training, tmp_path: Path, mini_data: Path) -> None:
+    """Killed behind the last checkpoint: the encoder's file and the picture are made by the next call."""
+    copy = Training(tmp_path, mini_data)
+    shutil.copytree(finished.directory, copy.directory)
+    (copy.directory / "small.yaml").unlink()
+    (copy.directory / "curve.png").unlink()
+    assert main(copy.command()) == 0
+    assert (copy.directory / "small.yaml").exists() and (copy.directory / "curve.png").exists()
+
+
+def test_a_loss_that_is_no_number_ends_it_with_its_lines(training: Training,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(training.command("training.learning_rate=1e30", "training.warmup=0", "training.save_every=1000")) == 2
+    told = capsys.readouterr().err
+    assert "the loss is nan near step" in told and "learning_rate" in told
+    assert len(training.lines()) >= 3 and not (training.directory / "checkpoints").exists()
+
+
+def test_fewer_epochs_than_there_were_are_refused(finished: Training, tmp_path: Path, mini_data: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Training(tmp_path, mini_data)
+    shutil.copytree(finished.directory, copy.directory)
+    assert main(copy.command("training.epochs=0.2", "--accept-changes")) == 2
+    assert "is behind the last one" in capsys.readouterr().err
+    assert main(copy.command("training.precision=bf16", "training.epochs=0.6", "--accept-changes")) == 0

@@ -46,7 +46,7 @@ class Course:
         self.steps_per_epoch = len(self._rows_E) // params.batch_size
         if not self.steps_per_epoch:
             raise UserError(f"training.batch_size is {params.batch_size}, but an epoch has {len(self._rows_E)} rows",
-                            do=f"set training.batch_size={len(self._rows_E)} or less")
+                            do=f"set training.batch_size={max(1, len(self._rows_E))} or less, or check training.rows")
         self.num_steps = max(1, int(self.steps_per_epoch * params.epochs))
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)  # steps are read ahead across the end of an epoch
 

@@ -37,7 +37,7 @@ class Lists:
     """A list of numbers per row: `of(row)`, or all of them as `offsets` [rows + 1] and `values`."""
 
     def __init__(self, column: pa.ChunkedArray):
-        array = column.combine_chunks()
+        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # the former copies nothing
         self.offsets = array.offsets.to_numpy().astype(np.int64)
         self.values: Any = array.values.to_numpy() if pa.types.is_integer(array.type.value_type) else array.values
 

@@ -9,11 +9,13 @@ Shapes: B queries of this process, H hard negatives per query.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +25,13 @@ import pyarrow.compute as pc
 from pipeline.encoders import Encoder, Item
 from pipeline.images import Flaw, ImageStore
 from pipeline.support.errors import UserError
+from pipeline.support.loaders import as_bytes, one_thread
 from pipeline.training.draws import Course, Draw
 from pipeline.training.examples import Examples
+
+
+log = logging.getLogger("pipeline")
+_PIECE, _AHEAD = 64, 512  # items: prepared by one loader process at a time, and by all of them ahead of the step
 
 
 class Key(NamedTuple):
@@ -75,16 +82,20 @@ class Feeder:
         planned: deque[Layout] = deque()  # filled by the sampler, which runs ahead in this process
         loader: torch.utils.data.DataLoader[bytes] = torch.utils.data.DataLoader(
             _Items(self.course.examples, self.images, self.encoder),  # type: ignore[arg-type]
-            batch_sampler=self._schedule(start, planned), collate_fn=_packed, num_workers=self.loaders,
-            prefetch_factor=8 if self.loaders else None, worker_init_fn=_one_thread if self.loaders else None,
+            batch_sampler=self._schedule(start, planned), collate_fn=as_bytes, num_workers=self.loaders,
+            prefetch_factor=max(1, _AHEAD // (_PIECE * self.loaders)) if self.loaders else None,
+            worker_init_fn=one_thread if self.loaders else None,
             generator=torch.Generator())  # a loader draws a seed: from torch's own, a resumed dropout would differ
         flawed: set[str] = set()
         arriving = iter(loader)
         try:
             for _ in range(start, self.course.num_steps):
-                first = self._unpacked(next(arriving), flawed)
+                pieces = [self._unpacked(next(arriving), flawed)]  # the first one: by now its layout is planned
                 layout = planned.popleft()
-                yield Prepared(layout, [first, *(self._unpacked(next(arriving), flawed) for _ in layout.chunks[1:])])
+                counts = [len(list(_pieces(chunk))) for chunk in layout.chunks]
+                pieces += [self._unpacked(next(arriving), flawed) for _ in range(sum(counts) - 1)]
+                rest = iter(pieces)
+                yield Prepared(layout, [[item for piece in islice(rest, count) for item in piece] for count in counts])
         finally:
             del arriving  # ends its processes now: an error would keep it, and a collector's end of it takes seconds
 
@@ -92,7 +103,8 @@ class Feeder:
         for number in range(start, self.course.num_steps):
             layout = self.layout(number)
             planned.append(layout)
-            yield from layout.chunks
+            for chunk in layout.chunks:
+                yield from _pieces(chunk)
 
     def layout(self, number: int) -> Layout:
         size = self.course.params.batch_size // self.world
@@ -108,13 +120,19 @@ class Feeder:
         for flaw in flaws:
             if isinstance(flaw, UserError):
                 raise flaw
-            if flaw is not None:
+            if flaw is not None and flaw not in flawed:
                 flawed.add(flaw)
+                log.warning("broken image, learned from without it: %s", flaw)
         if len(flawed) > self.max_flawed:
             listed = "\n".join(sorted(flawed)[:10])
             raise UserError(f"{len(flawed)} images are broken, {self.max_flawed} tolerated", do=(
                 f"{listed}\nmend them, or tolerate more with training.max_flawed; the same command then resumes"))
         return list(prepared)
+
+
+def _pieces(chunk: list[Key]) -> Iterator[list[Key]]:
+    """What one loader process prepares at a time: no more than fits well into memory, however large a chunk is."""
+    yield from (chunk[start:start + _PIECE] for start in range(0, len(chunk), _PIECE))
 
 
 class _Lengths:
@@ -170,13 +188,3 @@ class _Items:
             except UserError as error:  # a value: the loader would wrap it into a traceback
                 return None, error
         return self.encoder.prepare(Item(text if text or image else "", image)), flaw
-
-
-def _packed(rows: Sequence[tuple[Any, Any]]) -> bytes:
-    """A chunk as plain bytes: torch would send every tensor as a shared file of its own, and run out of handles."""
-    return pickle.dumps(rows, protocol=5)
-
-
-def _one_thread(_: int) -> None:
-    import torch
-    torch.set_num_threads(1)  # also: a forked child that opens a parallel region of its parent's pool would hang

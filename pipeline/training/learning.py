@@ -100,13 +100,19 @@ class Learner:
     def scale(self) -> float:
         return float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
 
+    def is_finite(self) -> bool:
+        """Whether every weight still is a number."""
+        import torch
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.model.parameters())
+
     def state(self) -> dict[str, Any]:
         return {"optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict(),
                 "scaler": self.scaler.state_dict()}
 
     def load_state(self, state: dict[str, Any], new_options_from: int | None = None) -> None:
         """Go on from a saved state; with other options than it was saved under, from that step on."""
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty under another precision than fp16
+            self.scaler.load_state_dict(state["scaler"])
         if new_options_from is None:
             self.optimiser.load_state_dict(state["optimiser"])
             self.schedule.load_state_dict(state["schedule"])

@@ -23,11 +23,10 @@ _PATIENCE = timedelta(hours=12)  # the others wait while the first one validates
 
 @dataclass(frozen=True)
 class Processes:
-    """Process `rank` of `world`; `local_rank` counts those on this machine."""
+    """Process `rank` of `world`."""
 
     rank: int = 0
     world: int = 1
-    local_rank: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -85,12 +84,11 @@ def joined(device: str) -> Iterator[Processes]:
     if not all(value is not None and value.isdigit() for value in given):
         raise UserError(f"of {', '.join(names)} only some are set", "environment",
                         "start with torchrun, which sets them all, or unset them")
-    rank, world, local_rank = (int(str(value)) for value in given)
+    rank, world, _ = (int(str(value)) for value in given)
     import torch.distributed
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
-    try:
-        yield Processes(rank, world, local_rank)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield Processes(rank, world)
+    # Not after an error: with NCCL this waits for the others, who wait for us; torchrun ends them when we are gone.
+    torch.distributed.destroy_process_group()

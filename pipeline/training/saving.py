@@ -3,7 +3,7 @@
     checkpoints/step-00000500/weights.safetensors    the model: names and shapes as the encoder loads them
                               <name>.yaml            the encoder's configuration: `encoders: [<this file>]` uses it
                               state.pt               optimiser, schedule, scaler, random states; loads without code
-                              state.json             step, what the training was asked for, its best so far
+                              state.json             step, and what the training was asked for
 
 A directory is written under a hidden name, flushed and renamed, so that a kill at any moment leaves the former one.
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.artifacts import flush
 from pipeline.encoders.checkpoints import save_safetensors
 from pipeline.support.errors import UserError
 
@@ -82,9 +83,6 @@ class Checkpoints:
     def at(self, step: int) -> Checkpoint:
         return Checkpoint(self.directory / f"step-{step:08d}")
 
-    def configuration(self, checkpoint: Checkpoint) -> Path:
-        return checkpoint.directory / f"{self.name}.yaml"
-
     def save(self, step: int, model: Any, state: Mapping[str, Any], facts: Mapping[str, Any],
              encoder: Configuration) -> Checkpoint:
         """Write the checkpoint of a step, over one that is there already."""
@@ -123,11 +121,11 @@ def _whole(directory: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
+            flush(path)
         if directory.exists():
             directory.rename(former)
         temporary.rename(directory)
-        _flush(directory.parent)
+        flush(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
@@ -139,11 +137,3 @@ def _remove(directory: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     directory.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,6 +12,7 @@ from typing import Dict, List, Optional
 from pipeline import artifacts
 
 REPEATS = ("union_train", "once")
+POOLS = ("union", "local")
 INSTRUCTIONS = ("random", "none")
 
 
@@ -53,3 +54,4 @@ class Runtime(artifacts.Runtime):
     keep: int
     validate_every: int
     validation_tasks: List[str]
+    validation_pool: str

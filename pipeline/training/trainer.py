@@ -26,8 +26,10 @@ from pipeline.training.learning import Learner, random_state, set_random_state
 from pipeline.training.processes import Processes
 from pipeline.training.saving import Checkpoint, Checkpoints, Configuration, write_encoder
 from pipeline.training.settings import Runtime
+from pipeline.training.stopping import asked_to_stop
 
 log = logging.getLogger("pipeline")
+_DIVERGED = "lower training.learning_rate, or choose training.precision=bf16 instead of fp16; the checkpoints are sound"
 LOG, CURVE = "log.jsonl", "curve.png"
 
 Validate = Callable[[Checkpoint], Mapping[str, float]]
@@ -39,8 +41,8 @@ class Trainer:
     """One training in `directory`. `asked` is all that decides its result; `encoder` gives a checkpoint's
     configuration.
 
-    `validate` gives the scores of a checkpoint by task and their average, `record` sends numbers elsewhere (the first
-    process calls both).
+    `validate` gives the scores of a checkpoint by task and their average; all processes call it, and the first one is
+    given them. `record` sends numbers elsewhere (the first process calls it).
     """
 
     directory: Path
@@ -71,10 +73,21 @@ class Trainer:
                     *changes, "go on with the old ones, or name a new training (name=...),",
                     "or take the changes upon you: --accept-changes"]))
             self._load(last, bool(changes))
+        self._check_step()
         if self.processes.is_first:
             self.directory.mkdir(parents=True, exist_ok=True)
             curve.rewind(self.log, self.step)
+            if last:
+                self._settle()  # a kill may have come between a checkpoint and what follows from it
         return self.step
+
+    def _check_step(self) -> None:
+        if len(set(self.processes.all_of(self.step))) > 1:
+            raise UserError("the processes see different checkpoints", str(self.directory),
+                            "work_dir must be one directory that all machines see")
+        if self.step > self.course.num_steps:
+            raise UserError(f"step {self.step} is behind the last one, {self.course.num_steps}", str(self.directory),
+                            "raise training.epochs, or name a new training: name=...")
 
     def _load(self, checkpoint: Checkpoint, has_changed: bool) -> None:
         state, processes = checkpoint.state(), self.processes
@@ -88,28 +101,40 @@ class Trainer:
         self.step = checkpoint.step
 
     def run(self) -> None:
-        """All steps that are left, and a validation that a kill has prevented."""
-        first, total, started = self.step, self.course.num_steps, time.monotonic()
-        if first:
+        """All steps that are left, and a validation that a kill has prevented.
+
+        KeyboardInterrupt after a step, with its checkpoint, if SIGINT or SIGTERM asks for it.
+        """
+        if self.step:
             self._validate_if_due()
-        bar = _bar(first, total) if self.processes.is_first else None
+        with asked_to_stop() as is_asked, _bar(self.step, self.course.num_steps, self.processes.is_first) as bar:
+            self._learn(bar, is_asked)
+
+    def _learn(self, bar: Any, is_asked: Callable[[], bool]) -> None:
+        first, started = self.step, time.monotonic()
         for prepared in self.feeder.steps(first):
             learning_rate = self.learner.learning_rate
             outcome = self.learner.step(prepared, self.course.step(self.step))
             self.step += 1
             self._window.append((self.step, outcome.loss, outcome.accuracy, learning_rate))
-            is_last = self.step == total
-            saves = is_last or self._is_due(self.runtime.save_every) or self._is_due(self.runtime.validate_every)
-            if saves or self._is_due(self.runtime.log_every):
+            stops = self._stops(is_asked)
+            saves = stops or self._is_due(self.runtime.save_every) or self._is_due(self.runtime.validate_every)
+            if saves or self.step == self.course.num_steps or self._is_due(self.runtime.log_every):
                 rate = (self.step - first) * self.course.params.batch_size / (time.monotonic() - started)
                 self._tell(bar, rate)
-            if saves:
+            if saves or self.step == self.course.num_steps:
                 before = time.monotonic()
                 self._save()
+                if stops:
+                    raise KeyboardInterrupt
                 self._validate_if_due()
                 started += time.monotonic() - before  # rates are those of learning
-        if bar is not None:
-            bar.close()
+
+    def _stops(self, is_asked: Callable[[], bool]) -> bool:
+        """All processes stop after the same step: alone at once, together when they speak with each other anyway."""
+        if self.processes.world == 1:
+            return is_asked()
+        return self._is_due(self.runtime.log_every) and any(self.processes.all_of(is_asked()))
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and (self.step % every == 0 or self.step == self.course.num_steps)
@@ -123,12 +148,12 @@ class Trainer:
                  for (step, _, _, learning_rate), (loss, accuracy) in zip(self._window, means)]
         self._window.clear()
         loss, accuracy = (sum(column) / len(means) for column in zip(*means))
+        if self.processes.is_first:
+            curve.append_lines(self.log, lines)
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} near step {self.step}", str(self.log),
-                            "lower training.learning_rate, or choose training.precision=bf16 instead of fp16")
-        if bar is None:
+            raise UserError(f"the loss is {loss} near step {self.step}", str(self.log), _DIVERGED)
+        if not self.processes.is_first:
             return
-        curve.append_lines(self.log, lines)
         total = self.course.num_steps
         left = (total - self.step) * self.course.params.batch_size / rate
         log.info("train     step %d/%d  loss %.4f  in-batch accuracy %.3f  %.0f queries/s  %.0f s left",
@@ -139,6 +164,8 @@ class Trainer:
                      "learning_rate": lines[-1]["learning_rate"], "scale": self.learner.scale}, self.step)
 
     def _save(self) -> None:
+        if not self.learner.is_finite():  # the loss tells it one step later
+            raise UserError(f"weights are no longer numbers after step {self.step}", str(self.directory), _DIVERGED)
         random = self.processes.all_of(random_state(self.learner.device))
         if self.processes.is_first:
             self.checkpoints.save(self.step, self.learner.model, {**self.learner.state(), "random": random},
@@ -147,34 +174,36 @@ class Trainer:
         self.processes.wait()
 
     def _validate_if_due(self) -> None:
-        """Score the checkpoint of this step, unless that was done before; the other processes wait."""
-        if self._is_due(self.runtime.validate_every) and self.processes.is_first:
-            if not any(line["step"] == self.step for line in self._validations()):
-                before = random_state(self.learner.device)
-                scores = dict(self.validate(self.checkpoints.at(self.step)))
-                set_random_state(before, self.learner.device)
-                curve.append_lines(self.log, [{"step": self.step, "validation": scores}])
-                log.info("validated step %d  average %.4f  (%s)", self.step, scores["average"],
-                         "  ".join(f"{task} {value:.3f}" for task, value in scores.items() if task != "average"))
-                self.record({f"validation/{task}": value for task, value in scores.items()}, self.step)
-                self._settle()
+        """Score the checkpoint of this step, unless that was done before."""
+        if not self._is_due(self.runtime.validate_every) or self.processes.all_of(self._is_validated())[0]:
+            return
+        before = random_state(self.learner.device)
+        scores = dict(self.validate(self.checkpoints.at(self.step)))
+        set_random_state(before, self.learner.device)
+        if self.processes.is_first:
+            curve.append_lines(self.log, [{"step": self.step, "validation": scores}])
+            log.info("validated step %d  average %.4f  (%s)", self.step, scores["average"],
+                     "  ".join(f"{task} {value:.3f}" for task, value in scores.items() if task != "average"))
+            self.record({f"validation/{task}": value for task, value in scores.items()}, self.step)
+            self._settle()
         self.processes.wait()
 
-    def _validations(self) -> list[dict[str, Any]]:
-        return [line for line in curve.read_lines(self.log) if "validation" in line]
+    def _is_validated(self) -> bool:
+        lines = curve.read_lines(self.log) if self.processes.is_first else []
+        return any("validation" in line and line["step"] == self.step for line in lines)
 
     def _settle(self) -> None:
         """What follows from the checkpoints and lines that are there: the best one, the picture, what may go."""
         lines, last = curve.read_lines(self.log), self.checkpoints.last()
         validations = [line for line in lines if "validation" in line]
         best = max(validations, key=lambda line: line["validation"]["average"], default={"step": None})["step"]
-        self.checkpoints.prune(self.runtime.keep, best)
         chosen = self.checkpoints.at(best) if best is not None else last
         assert chosen is not None, "there is nothing to settle before the first checkpoint"
         weights = f"./{chosen.weights.relative_to(self.directory)}"
         with atomic_path(self.directory / f"{self.name}.yaml") as path:
             origin = f"step {chosen.step}" + (", the best so far" if validations else "")
             write_encoder(path, self.encoder(weights), origin)
+        self.checkpoints.prune(self.runtime.keep, best)  # last: until now the file above may have named any of them
         if validations or self.step == self.course.num_steps:
             curve.draw(lines, self.directory / CURVE, self.name)
 
@@ -184,6 +213,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             if before.get(key) != now.get(key)]
 
 
-def _bar(first: int, total: int) -> Any:
+def _bar(first: int, total: int, is_shown: bool) -> Any:
     from tqdm import tqdm
-    return tqdm(initial=first, total=total, desc="train", unit="step", leave=False, disable=not sys.stderr.isatty())
+    return tqdm(initial=first, total=total, desc="train", unit="step", leave=False,
+                disable=not (is_shown and sys.stderr.isatty()))

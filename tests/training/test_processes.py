@@ -189,7 +189,7 @@ def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     with joined("cpu") as processes:
-        assert processes == Processes(0, 1, 0) and processes.is_first
+        assert processes == Processes(0, 1) and processes.is_first
         vectors, module = torch.ones(2, 3), torch.nn.Linear(1, 1)
         assert processes.gather(vectors) is vectors and processes.mean(vectors) is vectors
         assert processes.all_of("x") == ["x"] and processes.share(module) is module

@@ -99,7 +99,7 @@ DEATHS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "state": lambda monkeypatch: monkeypatch.setattr(torch, "save", dying),
     "facts": lambda monkeypatch: monkeypatch.setattr(saving.json, "dumps", dying),
     "encoder": lambda monkeypatch: monkeypatch.setattr(saving, "write_encoder", dying),
-    "flush": lambda monkeypatch: monkeypatch.setattr(saving, "_flush", dying),
+    "flush": lambda monkeypatch: monkeypatch.setattr(saving, "flush", dying),
     "rename": lambda monkeypatch: monkeypatch.setattr(Path, "rename", dying),
 }
 

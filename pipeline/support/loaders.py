@@ -1,0 +1,18 @@
+"""What loader processes of torch need wherever they are started."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+
+def as_bytes(rows: Sequence[Any]) -> bytes:
+    """A batch as plain bytes: torch would send every tensor as a shared file of its own, and run out of handles."""
+    return pickle.dumps(rows, protocol=5)
+
+
+def one_thread(_: int) -> None:
+    """For each loader process: it would fight with the others, and forked from a busy pool of threads it would hang."""
+    import torch
+    torch.set_num_threads(1)
