@@ -242,14 +242,14 @@ def test_an_unknown_training_names_the_known_ones(capsys: pytest.CaptureFixture[
 def test_asked_to_stop_it_saves_the_step_it_has_made(training: Training, number: signal.Signals,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     """Control-C, or a scheduler's SIGTERM: a word, no traceback, nothing lost. Meanwhile nobody else trains here."""
-    command = training.command("training.epochs=200", "training.save_every=100000")
+    command = training.command("training.epochs=200", "training.save_every=100000", "training.loaders=1")
     with subprocess.Popen([sys.executable, "-m", "pipeline", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True) as child:
         while _size(training.directory / "log.jsonl") < 500:
             assert child.poll() is None
             time.sleep(0.05)
         assert main(command) == 2 and "is running already" in capsys.readouterr().err
-        child.send_signal(number)
+        os.killpg(child.pid, number)  # to its loader as well, as a terminal and `timeout` do
         assert child.stderr is not None
         told = child.stderr.read()
     assert child.returncode == 130 and "the same command goes on" in told and "Traceback" not in told

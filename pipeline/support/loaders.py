@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,3 +17,10 @@ def one_thread(_: int) -> None:
     """For each loader process: it would fight with the others, and forked from a busy pool of threads it would hang."""
     import torch
     torch.set_num_threads(1)
+
+
+def one_deaf_thread(number: int) -> None:
+    """`one_thread`, for a loader whose parent ends it: signals to the whole group, as Control-C sends them, pass by."""
+    one_thread(number)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from pipeline.encoders import Encoder, Item
 from pipeline.images import Flaw, ImageStore
 from pipeline.support.errors import UserError
-from pipeline.support.loaders import as_bytes, one_thread
+from pipeline.support.loaders import as_bytes, one_deaf_thread
 from pipeline.training.draws import Course, Draw
 from pipeline.training.examples import Examples
 
@@ -84,7 +84,7 @@ class Feeder:
             _Items(self.course.examples, self.images, self.encoder),  # type: ignore[arg-type]
             batch_sampler=self._schedule(start, planned), collate_fn=as_bytes, num_workers=self.loaders,
             prefetch_factor=max(1, _AHEAD // (_PIECE * self.loaders)) if self.loaders else None,
-            worker_init_fn=one_thread if self.loaders else None,
+            worker_init_fn=one_deaf_thread if self.loaders else None,
             generator=torch.Generator())  # a loader draws a seed: from torch's own, a resumed dropout would differ
         flawed: set[str] = set()
         arriving = iter(loader)

@@ -69,10 +69,10 @@ class Objective:
 
         processes, device = self.processes, vectors_ID.device
         units_ID = functional.normalize(vectors_ID.float(), dim=-1)
-        queries_BD, positives_BD = units_ID[layout.queries], units_ID[layout.positives]
+        queries_BD, positives_BD = _rows(units_ID, layout.queries), _rows(units_ID, layout.positives)
         everyones = [processes.gather(positives_BD)]
         if len(layout.negatives):  # a place without a negative holds any vector: it is excluded
-            everyones.append(processes.gather(units_ID[layout.negatives]))
+            everyones.append(processes.gather(_rows(units_ID, layout.negatives.clip(0))))
         out = excluded(self.examples, joint, processes.rank, processes.world)
         target_B = torch.arange(len(queries_BD), device=device) + processes.rank * len(queries_BD)
         logits_BC = _logits(queries_BD, torch.cat(everyones), scale, out.candidates)
@@ -81,6 +81,12 @@ class Objective:
             logits_BN = _logits(positives_BD, processes.gather(queries_BD), scale, out.queries)
             loss = (loss + functional.cross_entropy(logits_BN, target_B)) / 2
         return Outcome(loss, (logits_BC.detach().argmax(dim=1) == target_B).float().mean())
+
+
+def _rows(vectors_ID: Tensor, places_B: np.ndarray) -> Tensor:
+    """Like vectors_ID[places_B], whose gradient would be summed in an order that depends on the threads' luck."""
+    import torch
+    return vectors_ID.index_select(0, torch.from_numpy(places_B).to(vectors_ID.device, non_blocking=True))
 
 
 def _logits(rows_BD: Tensor, columns_CD: Tensor, scale: Tensor, excluded_BC: np.ndarray) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.training import objective
 from pipeline.training.draws import Draw
 from pipeline.training.examples import Examples
 from pipeline.training.feeding import Layout
@@ -240,3 +241,20 @@ def test_half_precision_vectors_and_large_scales_stay_finite(examples: Examples)
 def test_a_batch_of_one_has_nothing_to_learn(examples: Examples) -> None:
     loss, accuracy = ours(examples, case([3], [4]), 10.0, True)
     assert float(loss) == 0 and accuracy == 1
+
+
+def test_the_gradient_does_not_depend_on_the_luck_of_threads() -> None:
+    """An item that many queries share: its gradient is summed in one order, so that a training can be repeated."""
+    weights_BD = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    places_B = np.random.default_rng(0).integers(0, 7, 4096)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        gradients = []
+        for _ in range(20):
+            vectors_ID = torch.ones(300, 64, requires_grad=True)
+            (objective._rows(vectors_ID, places_B) * weights_BD).sum().backward()
+            gradients.append(vectors_ID.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])  # type: ignore[arg-type]
