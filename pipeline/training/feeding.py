@@ -29,7 +29,6 @@ from pipeline.support.loaders import as_bytes, one_deaf_thread
 from pipeline.training.draws import Course, Draw
 from pipeline.training.examples import Examples
 
-
 log = logging.getLogger("pipeline")
 _PIECE, _AHEAD = 64, 512  # items: prepared by one loader process at a time, and by all of them ahead of the step
 
@@ -177,14 +176,14 @@ class _Items:
 
     def __getitem__(self, key: Key) -> tuple[Any, Any]:
         table = self.examples.queries if key.is_query else self.examples.candidates
-        row = table.slice(key.row, 1).to_pylist()[0]
-        text = row["text"] if key.prompt < 0 else row["instructed_texts"][key.prompt]
-        image, flaw = None, None
-        if row["image"] is not None:
+        text = table["text"][key.row] if key.prompt < 0 else table["instructed_texts"][key.row][key.prompt]
+        image, flaw, reference = None, None, table["image"][key.row].as_py()
+        if reference is not None:
             try:
-                image = self.images.open(row["image"])
+                image = self.images.open(reference)
             except Flaw as found:
-                flaw = f"{row['query_id' if key.is_query else 'candidate_id']}: {found}"
+                flaw = f"{table['query_id' if key.is_query else 'candidate_id'][key.row]}: {found}"
             except UserError as error:  # a value: the loader would wrap it into a traceback
                 return None, error
-        return self.encoder.prepare(Item(text if text or image else "", image)), flaw
+        words = text.as_py()
+        return self.encoder.prepare(Item(words if words or image else "", image)), flaw
