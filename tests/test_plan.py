@@ -67,10 +67,10 @@ def test_a_faiss_file_for_others_runs_index_alone(replan: Replan) -> None:
     assert to_do(replan("index.write_faiss=true")) == {"collect": 0, "embed": 0, "index": 12, "retrieve": 0, "score": 0}
 
 
-def test_encoder_seed_is_a_reason(replan: Replan) -> None:
-    plan = replan("encoders.quickstart_clip.seed=1")
+def test_other_weights_are_a_reason(replan: Replan) -> None:
+    plan = replan("encoders.quickstart_clip.weights=null", "encoders.quickstart_clip.seed=1")
     assert to_do(plan)["embed"] == 24
-    assert any("encoder." in reason and "0 -> 1" in reason for reason in why(plan).values())
+    assert any("encoder.seed: unset -> 1" in reason for reason in why(plan).values())
 
 
 def test_a_second_encoder_shares_the_tables(replan: Replan) -> None:
