@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.artifacts import file_sha256
 from pipeline.cli import main
 from pipeline.config import Experiment, load
+from pipeline.pieces import CONFIGS
 from pipeline.plan import Scored, make_plan
 from pipeline.significance import bootstrap_interval
 from pipeline.stages.score import tables_of
@@ -79,7 +81,7 @@ def test_the_golden_scores_are_found(quickstart: Experiment, work: Path, capsys:
 
 
 def test_other_scores_are_told(quickstart: Experiment, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Half the queries' instructions are others: the same encoder, other numbers."""
+    """The same encoder without instructions: other numbers, and a verdict that says so."""
     arguments = [f"work_dir={work}", "embed.instruction=none"]
     assert main(["run", "quickstart", *arguments]) == 0
     capsys.readouterr()
@@ -87,9 +89,9 @@ def test_other_scores_are_told(quickstart: Experiment, work: Path, capsys: pytes
     assert "DIFFERS" in capsys.readouterr().out
 
 
-def test_the_shipped_log_belongs_to_the_shipped_weights() -> None:
-    """The training that is told of ended where the weights say, and learned."""
-    folder = Path(__file__).resolve().parents[1] / "configs" / "encoders" / "tiny_clip_sf"
+def test_the_golden_file_names_the_shipped_weights_and_their_log_is_whole() -> None:
+    folder = CONFIGS / "encoders" / "tiny_clip_sf"
+    assert file_sha256(folder / "weights.safetensors") in (CONFIGS / "golden" / "quickstart.yaml").read_text()
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, len(losses) + 1))
