@@ -10,14 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.artifacts import atomic_path
 from pipeline.benchmarks import Benchmark, Task
 from pipeline.encoders import load_encoder
+from pipeline.images import ImageStore
 from pipeline.pieces import CONFIGS, EncoderChoice, benchmark_piece, encoder_pieces, find, task_names
 from pipeline.settings import Settings, TaskSettings
 from pipeline.sources import Source, read_command_line, read_file
@@ -43,6 +47,17 @@ class Experiment:
     @property
     def directory(self) -> Path:
         return self.work_dir / "experiments" / self.name
+
+    @cached_property
+    def images(self) -> ImageStore:
+        """The images of its benchmark."""
+        benchmark = self.benchmark
+        return ImageStore(Path(benchmark.root), benchmark.archives, benchmark.trusted_roots, self.work_dir / "cache")
+
+    def write(self, path: Path) -> None:
+        """Write the merged configuration as YAML."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(yaml.safe_dump(dict(self.resolved), sort_keys=False))
 
     def members(self, pool: str, task: Task) -> tuple[str, ...]:
         """Pools that a search of `pool` by `task` goes through: a union is always whole, whatever tasks are chosen."""

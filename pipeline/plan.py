@@ -18,7 +18,6 @@ from typing import Any
 from pipeline.artifacts import MANIFEST, Artifact, Identity, P, canonical_json, read_manifest
 from pipeline.benchmarks import Task, load_adapter
 from pipeline.config import Experiment, part
-from pipeline.images import ImageStore
 from pipeline.metrics.ranking import Metric
 from pipeline.pieces import EncoderChoice
 from pipeline.stages import STAGES, collect, embed, index, retrieve, score
@@ -74,12 +73,6 @@ class _Planner:
         self.known: dict[str, Any] = {}
         self.identities: dict[str, dict[str, Any]] = {}
 
-    @cached_property
-    def images(self) -> ImageStore:
-        benchmark = self.experiment.benchmark
-        cache = self.experiment.work_dir / "cache"
-        return ImageStore(Path(benchmark.root), benchmark.archives, benchmark.trusted_roots, cache)
-
     def plan(self) -> Plan:
         """The whole graph: each encoder, each task, each pool it searches."""
         for task in self.experiment.tasks:
@@ -109,7 +102,7 @@ class _Planner:
         artifact = self.collected(f"pool.{pool}", self.adapter.pool_sources(benchmark, pool))
         if artifact is None:
             return None
-        job: collect.PoolJob = self.add("collect", collect.PoolJob(artifact, benchmark, pool, self.images))
+        job: collect.PoolJob = self.add("collect", collect.PoolJob(artifact, benchmark, pool, self.experiment.images))
         return job
 
     def collect_task(self, task: Task) -> collect.TaskJob | None:
@@ -117,7 +110,7 @@ class _Planner:
         artifact = self.collected(task.name, self.adapter.task_sources(benchmark, task))
         if artifact is None:
             return None
-        job: collect.TaskJob = self.add("collect", collect.TaskJob(artifact, benchmark, task, self.images))
+        job: collect.TaskJob = self.add("collect", collect.TaskJob(artifact, benchmark, task, self.experiment.images))
         return job
 
     def collected(self, subject: str, sources: list[Path]) -> Artifact | None:
@@ -184,7 +177,8 @@ class _Planner:
         collected = manifest_of(table.directory)
         inputs = {"table": collected["digest"], "images": collected["image_sizes"]}
         artifact = self.artifact("embed", name, params, inputs)
-        job: embed.Job = self.add("embed", embed.Job(artifact, table, encoder.module, encoder.params, self.images))
+        images = self.experiment.images
+        job: embed.Job = self.add("embed", embed.Job(artifact, table, encoder.module, encoder.params, images))
         return job
 
     def identity(self, encoder: EncoderChoice) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import yaml
-
 from pipeline.artifacts import atomic_path
 from pipeline.config import Experiment
 from pipeline.plan import Plan, make_plan
@@ -24,7 +22,7 @@ Say = Callable[..., Any]
 
 def run_experiment(experiment: Experiment, command: Sequence[str], say: Say) -> dict[str, Any]:
     """Make everything that is missing; returns what `run --json` prints."""
-    _write_config(experiment)
+    experiment.write(experiment.directory / "config.yaml")
     for encoder in experiment.encoders:  # weights that are missing are better known before millions of rows are read
         encoder.identity()
     outcomes: list[Outcome] = []
@@ -55,11 +53,6 @@ def _run_stage(experiment: Experiment, stage: str, command: Sequence[str]) -> Ou
     if workers > 1:
         return run_embed_processes(experiment, ["embed", *command], workers)
     return run_stage(experiment, stage)
-
-
-def _write_config(experiment: Experiment) -> None:
-    with atomic_path(experiment.directory / "config.yaml") as path:
-        path.write_text(yaml.safe_dump(dict(experiment.resolved), sort_keys=False))
 
 
 def describe(outcome: Outcome) -> str:

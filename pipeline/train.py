@@ -17,15 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline import artifacts
-from pipeline.artifacts import atomic_path, canonical_json
+from pipeline.artifacts import canonical_json
 from pipeline.config import Experiment, part
 from pipeline.devices import resolve_device
 from pipeline.encoders import load_encoder
 from pipeline.encoders.checkpoints import find_file, load_state, weights_hash
-from pipeline.images import ImageStore
+from pipeline.encoders.uniir_clip import own_names
 from pipeline.loading import num_loaders
 from pipeline.pieces import EncoderChoice
 from pipeline.report.tracking import Tracker
@@ -37,7 +35,7 @@ from pipeline.training.learning import Learner
 from pipeline.training.objective import Objective
 from pipeline.training.processes import Processes, joined
 from pipeline.training.settings import Params, Runtime
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import CURVE, Trainer
 from pipeline.training_set import directory_of, make_examples
 from pipeline.validation import Validator
 
@@ -65,13 +63,13 @@ def train(experiment: Experiment, accept_changes: bool, say: Callable[..., Any])
             trainer = _trainer(experiment, params, runtime, examples, processes, validator, tracker)
             first, total = trainer.resume(accept_changes), trainer.course.num_steps
             if processes.is_first:
-                _write_config(experiment)
+                experiment.write(trainer.directory / "config.yaml")
                 say(f"train      {total - first} of {total} steps to make, {params.batch_size} queries each, "
                     f"{len(examples.queries):,} queries and {len(examples.candidates):,} candidates")
             trainer.run()
         if processes.is_first:
             say(f"encoder    {encoder_file}")
-            say(f"curve      {trainer.directory / 'curve.png'}")
+            say(f"curve      {trainer.directory / CURVE}")
     return encoder_file
 
 
@@ -109,7 +107,7 @@ def fed_learner(experiment: Experiment, params: Params, runtime: Runtime, course
         _start_from(encoder.model, Path(params.start))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the cores of this machine
     loaders = num_loaders(runtime.loaders, course.num_steps * params.batch_size, here)
-    feeder = Feeder(course, _images(experiment), encoder, runtime.chunk_size, loaders, runtime.max_flawed,
+    feeder = Feeder(course, experiment.images, encoder, runtime.chunk_size, loaders, runtime.max_flawed,
                     processes.rank, processes.world)
     objective = Objective(course.examples, params.symmetric, processes)
     return feeder, Learner(encoder, objective, params, runtime, course.num_steps)
@@ -117,7 +115,7 @@ def fed_learner(experiment: Experiment, params: Params, runtime: Runtime, course
 
 def _start_from(model: Any, path: Path) -> None:
     """Take the weights of a file wherever a name of the model is in it; what is not stays as the encoder has it."""
-    given = {name.removeprefix("clip_model."): tensor for name, tensor in load_state(path).items()}
+    given = own_names(load_state(path))
     own = model.state_dict()
     taken = {name: tensor for name, tensor in given.items() if name in own}
     wrong = [name for name, tensor in taken.items() if tensor.shape != own[name].shape]
@@ -170,19 +168,9 @@ def _alone(experiment: Experiment, processes: Processes) -> Iterator[None]:
         yield
 
 
-def _images(experiment: Experiment) -> ImageStore:
-    benchmark = experiment.benchmark
-    return ImageStore(Path(benchmark.root), benchmark.archives, benchmark.trusted_roots, experiment.work_dir / "cache")
-
-
 def _examples_for_all(experiment: Experiment, params: Params, processes: Processes) -> Examples:
     """The first process makes them if they are missing, then all open them."""
     made = make_examples(experiment, params) if processes.is_first else None
     directory = processes.all_of(made.directory if made else None)[0]
     assert directory is not None, "the first process makes the examples"
     return Examples(directory)
-
-
-def _write_config(experiment: Experiment) -> None:
-    with atomic_path(directory_of(experiment) / "config.yaml") as path:
-        path.write_text(yaml.safe_dump(dict(experiment.resolved), sort_keys=False))

@@ -8,6 +8,7 @@
     learning.py     one step: forward, backward, cached gradients, optimiser
     processes.py    this process among others (torchrun)
     saving.py       checkpoints: whole or not there, the last few and the best
+    stopping.py     what to do when told to stop
     curve.py        what happened at each step: log.jsonl and its picture
     trainer.py      the loop
 """

@@ -53,7 +53,7 @@ def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         is_average = task == "average"
         right.plot([line["step"] for line in validations], values, marker=".", linewidth=2.5 if is_average else 0.8,
                    color="black" if is_average else colormaps["tab20"](number % 20), label=task)
-    right.set(xlabel="step", ylim=(0, 1), title="accuracy, and validation (union)")
+    right.set(xlabel="step", ylim=(0, 1), title="accuracy, and validation")
     right.legend(fontsize=5.5, loc="center left", bbox_to_anchor=(1, 0.5))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})

@@ -55,7 +55,7 @@ class Layout:
     negatives: np.ndarray
 
 
-class Prepared(NamedTuple):
+class PreparedStep(NamedTuple):
     """A step, ready to be encoded."""
 
     layout: Layout
@@ -75,7 +75,7 @@ class Feeder:
     rank: int = 0
     world: int = 1
 
-    def steps(self, start: int) -> Iterator[Prepared]:
+    def steps(self, start: int) -> Iterator[PreparedStep]:
         """Steps from number `start` to the last; UserError if more images are broken than tolerated."""
         import torch
         planned: deque[Layout] = deque()  # filled by the sampler, which runs ahead in this process
@@ -94,7 +94,8 @@ class Feeder:
                 counts = [len(list(_pieces(chunk))) for chunk in layout.chunks]
                 pieces += [self._unpacked(next(arriving), flawed) for _ in range(sum(counts) - 1)]
                 rest = iter(pieces)
-                yield Prepared(layout, [[item for piece in islice(rest, count) for item in piece] for count in counts])
+                chunks = [[item for piece in islice(rest, count) for item in piece] for count in counts]
+                yield PreparedStep(layout, chunks)
         finally:
             del arriving  # ends its processes now: an error would keep it, and a collector's end of it takes seconds
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from pipeline.training.feeding import Prepared
+from pipeline.encoders.uniir_clip import FUSION_LAYERS
 from pipeline.training.draws import Draw
+from pipeline.training.feeding import PreparedStep
 from pipeline.training.objective import Objective, Outcome
 from pipeline.training.processes import Processes
 from pipeline.training.settings import Params, Runtime
@@ -22,14 +23,12 @@ from pipeline.training.settings import Params, Runtime
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FUSION = "t5_layers."  # CLIP_FF's layers over both towers start untrained and learn faster
-
 
 def parameter_groups(model: nn.Module, params: Params) -> list[dict[str, Any]]:
     """Groups for the optimiser: biases, norms and the logit scale do not decay; fusion layers have their own rate."""
     decayed, kept, fusion = [], [], []
     for name, tensor in model.named_parameters():
-        if name.startswith(FUSION):
+        if name.startswith(FUSION_LAYERS):  # they start untrained
             fusion.append(tensor)
         elif tensor.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale")):
             kept.append(tensor)
@@ -75,7 +74,7 @@ class Learner:
         self.schedule = new_schedule(self.optimiser, params, num_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=params.precision == "fp16")
 
-    def step(self, prepared: Prepared, joint: Draw) -> Outcome:
+    def step(self, prepared: PreparedStep, joint: Draw) -> Outcome:
         """Learn from one step; loss and accuracy are those of before the update."""
         import torch
         self.optimiser.zero_grad(set_to_none=True)
@@ -123,13 +122,13 @@ class Learner:
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state["optimiser"]["state"], "param_groups": groups})
 
-    def _direct(self, prepared: Prepared, joint: Draw) -> Outcome:
+    def _direct(self, prepared: PreparedStep, joint: Draw) -> Outcome:
         vectors_ID, scale = self._vectors(prepared.chunks)
         outcome = self.objective(vectors_ID, scale, prepared.layout, joint)
         self.scaler.scale(outcome.loss).backward()
         return outcome
 
-    def _cached(self, prepared: Prepared, joint: Draw) -> Outcome:
+    def _cached(self, prepared: PreparedStep, joint: Draw) -> Outcome:
         import torch
         states, parts = [], []
         with torch.no_grad():

@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.config import Experiment, load, part
 from pipeline.train import fed_learner
 from pipeline.training.draws import Course
-from pipeline.training.feeding import Feeder, Prepared
+from pipeline.training.feeding import Feeder, PreparedStep
 from pipeline.training.processes import Processes
 from pipeline.training.settings import Params, Runtime
 from pipeline.training_set import make_examples
@@ -29,7 +29,7 @@ from pipeline.training_set import make_examples
 WARM_UP, TIMED, TURNS = 2, 8, 3
 
 
-def learn(feeder: Feeder, learner: Any, steps: list[Prepared] | None) -> float:
+def learn(feeder: Feeder, learner: Any, steps: list[PreparedStep] | None) -> float:
     """Seconds per step."""
     arriving = feeder.steps(0) if steps is None else iter(steps * (WARM_UP + TIMED))
     for number, prepared in enumerate(islice(arriving, WARM_UP + TIMED)):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.encoders import Item
-from pipeline.training.feeding import Prepared
+from pipeline.training.feeding import PreparedStep
 from pipeline.training.learning import Learner, new_optimiser, new_schedule, parameter_groups
 from pipeline.training.objective import Objective
 from pipeline.training.processes import Processes
@@ -36,7 +36,7 @@ class Lesson:
         self.learner = Learner(encoder, Objective(toy.examples, params.symmetric, Processes()), params, runtime,
                                self.feeder.course.num_steps)
 
-    def prepared(self, count: int) -> list[Prepared]:
+    def prepared(self, count: int) -> list[PreparedStep]:
         return list(islice(self.feeder.steps(0), count))
 
     def gradients(self) -> tuple[float, dict[str, torch.Tensor]]:
