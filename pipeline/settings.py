@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
+from pipeline import indexes
 from pipeline.stages import collect, embed, index, retrieve
 from pipeline.support.errors import UserError, nearest
 from pipeline.training import settings as training
@@ -67,7 +68,8 @@ class IndexSettings(index.Params):
 @dataclass(frozen=True)
 class RetrieveSettings(retrieve.Params, retrieve.Runtime):
     def __post_init__(self) -> None:
-        _one_of("retrieve.coarse", self.coarse, retrieve.COARSE)
+        _one_of("retrieve.coarse", self.coarse, indexes.COARSE)
+        _one_of("retrieve.kernel", self.kernel, indexes.KERNELS)
         _at_least("retrieve.depth", self.depth, 1)
         _at_least("retrieve.queries_per_pass", self.queries_per_pass, 1)
         _more_than("retrieve.memory_gb", self.memory_gb, 0)

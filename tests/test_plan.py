@@ -38,7 +38,7 @@ def names_to_do(plan: Plan, stage: str) -> set[str]:
     "embed.batch_size=3", "embed.loaders=2", "embed.device=cuda", "local.workers=5", "retrieve.queries_per_pass=1",
     "retrieve.memory_gb=0.5", "index.seed=3", "index.train_rows=5", "retrieve.recall_queries=7",
     "retrieve.faiss_parameters=nprobe=9",
-    "retrieve.coarse=float32", "collect.check_images=false", "export.depth=7", "log.wandb=x"])
+    "retrieve.coarse=float32", "retrieve.kernel=torch", "collect.check_images=false", "export.depth=7", "log.wandb=x"])
 def test_what_changes_only_speed_runs_nothing(replan: Replan, override: str) -> None:
     assert not any(to_do(replan(override)).values())
 

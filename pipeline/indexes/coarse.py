@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pipeline.indexes.parallel import in_pieces
 from pipeline.support.errors import UserError, nearest
@@ -34,7 +34,7 @@ _ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 # rounding of the two scores that are compared: 2 x 2^-24; float64 arithmetic and flushed denormals: far less
 _SLACK = 8 * 2.0**-24
 # a norm taken in float32 is off by less than (D + 2) x 2^-24
-_NORM_SLACK = 1.001
+NORM_SLACK = 1.001
 _LARGEST_DIMENSION = 16_000
 # outside, a float32 reciprocal or a square would overflow or lose bits
 _PLAIN_NORMS = (1e-20, 1e20)
@@ -58,9 +58,17 @@ def coarse_type(name: str, device: str) -> str:
     return "bfloat16" if has_bfloat16 else "float32"
 
 
-@dataclass(frozen=True)
-class CoarseRows:
-    """x' [N, D], and bounds over all rows of |x'| and of |x - x'|."""
+class RowBounds(Protocol):
+    """Bounds over all rows of |x'| and of |x - x'|."""
+
+    @property
+    def largest_norm(self) -> float: ...
+    @property
+    def largest_residual(self) -> float: ...
+
+
+class CoarseRows(NamedTuple):
+    """x' [N, D] and its bounds."""
 
     vectors_ND: torch.Tensor
     largest_norm: float
@@ -89,7 +97,7 @@ def _centred(stored_ND: torch.Tensor, mean_D: torch.Tensor) -> torch.Tensor:
 
     values_ND = stored_ND.float()
     norms_N = torch.linalg.vector_norm(values_ND, dim=1, dtype=torch.float64)
-    _refuse_unless_finite(norms_N)
+    refuse_unless_finite(norms_N)
     is_zero = norms_N == 0
     if bool((is_zero | ((norms_N > _PLAIN_NORMS[0]) & (norms_N < _PLAIN_NORMS[1]))).all()):
         scale_N = (1.0 / norms_N).masked_fill_(is_zero, 0.0).float()
@@ -98,7 +106,7 @@ def _centred(stored_ND: torch.Tensor, mean_D: torch.Tensor) -> torch.Tensor:
     return (units_ND - mean_D.double()).float()
 
 
-def _refuse_unless_finite(norms_N: torch.Tensor) -> None:
+def refuse_unless_finite(norms_N: torch.Tensor) -> None:
     if not bool(norms_N.isfinite().all()):
         raise UserError("a vector of the pool holds NaN or infinity", None, "embed the pool again")
 
@@ -106,7 +114,7 @@ def _refuse_unless_finite(norms_N: torch.Tensor) -> None:
 def _largest_norm(vectors_ND: torch.Tensor) -> float:
     import torch
 
-    return float(torch.linalg.vector_norm(vectors_ND, dim=1).max()) * _NORM_SLACK
+    return float(torch.linalg.vector_norm(vectors_ND, dim=1).max()) * NORM_SLACK
 
 
 @dataclass(frozen=True)
@@ -170,29 +178,40 @@ def full_precision() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-class Bounds:
-    """From products to lower bounds of scores and back, for a block of queries against a set of rows."""
+def rounding_of_products(queries_QD: torch.Tensor) -> float:
+    """The relative error with which `product` writes its result: beta."""
+    if _writes_float32(queries_QD) or queries_QD.itemsize == 4:
+        return 0.0
+    return 1.001 * _ROUNDING[str(queries_QD.dtype).removeprefix("torch.")]
 
-    def __init__(self, queries: CoarseQueries, part: slice, rows: CoarseRows):
-        vectors_QD = queries.vectors_QD
-        self._beta = 0.0
-        if not _writes_float32(vectors_QD) and vectors_QD.itemsize < 4:
-            self._beta = 1.001 * _ROUNDING[str(vectors_QD.dtype).removeprefix("torch.")]
-        self._offsets_Q = queries.offsets_Q[part]
-        self._error_Q = (queries.residuals_Q[part] * rows.largest_norm + rows.largest_residual
-                         + _gamma(vectors_QD) * queries.norms_Q[part] * rows.largest_norm + _SLACK)
+
+class Bounds:
+    """From products to lower bounds of scores and back, for a block of queries against a set of rows.
+
+    `beta` is the relative rounding with which products are written, beyond their accumulation in float32. `error_Q` is
+    float64 [B]: how far a product can be off before that.
+    """
+
+    def __init__(self, queries: CoarseQueries, part: slice, rows: RowBounds, beta: float):
+        self._beta, self._offsets_Q = beta, queries.offsets_Q[part]
+        self.error_Q = _error(queries, part, rows)
 
     def products_of(self, scores_QK: torch.Tensor) -> torch.Tensor:
         """The product of a row of which nothing is known but that its score is this one; float32 [Q, K]."""
-        reach_QK = scores_QK.double() - self._offsets_Q[:, None] + self._error_Q[:, None]
+        reach_QK = scores_QK.double() - self._offsets_Q[:, None] + self.error_Q[:, None]
         return _rounded_down(reach_QK / (1 - self._beta * reach_QK.sign()))
 
     def floor(self, kth_product_Q: torch.Tensor) -> torch.Tensor:
         """No row with a smaller product is in the first k, if k rows reach `kth_product_Q`; float32 [Q]."""
         kth_Q = kth_product_Q.double()
-        lower_Q = kth_Q * (1 - self._beta * kth_Q.sign()) - self._error_Q
-        reach_Q = lower_Q - self._error_Q
+        lower_Q = kth_Q * (1 - self._beta * kth_Q.sign()) - self.error_Q
+        reach_Q = lower_Q - self.error_Q
         return _rounded_down(reach_Q / (1 + self._beta * reach_Q.sign()))
+
+
+def _error(queries: CoarseQueries, part: slice, rows: RowBounds) -> torch.Tensor:
+    return (queries.residuals_Q[part] * rows.largest_norm + rows.largest_residual
+            + _gamma(queries.vectors_QD) * queries.norms_Q[part] * rows.largest_norm + _SLACK)
 
 
 def _gamma(queries_QD: torch.Tensor) -> float:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pipeline.indexes.parallel import in_pieces
 
 if TYPE_CHECKING:
@@ -39,10 +41,17 @@ def norms(vectors_ND: torch.Tensor) -> torch.Tensor:
 
     def fill(piece: slice) -> None:
         values_ND = vectors_ND[piece].double()
-        norms_N[piece] = folded_sum(values_ND * values_ND).sqrt_()
+        norms_N[piece] = _root(folded_sum(values_ND * values_ND))
 
     in_pieces(fill, len(vectors_ND), vectors_ND.device)
     return norms_N
+
+
+def _root(values_N: torch.Tensor) -> torch.Tensor:
+    """Square roots, correctly rounded: torch's own, from a vector library on processors, are one bit off at times."""
+    import torch
+
+    return torch.from_numpy(np.sqrt(values_N.numpy())) if values_N.device.type == "cpu" else values_N.sqrt()
 
 
 def pair_scores(queries_QD: torch.Tensor, query_norms_Q: torch.Tensor, query_P: torch.Tensor,

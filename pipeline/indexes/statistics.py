@@ -12,17 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.indexes import score
+from pipeline.indexes import native, score
 from pipeline.indexes.blocks import as_tensor
 from pipeline.indexes.parallel import in_pieces
 from pipeline.support.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 _GRAIN = 2.0**24
+_WORTH_COMPILING = 1e9  # components of a block: some seconds, as long as compiling takes
 _MOST_ROWS = 2**29  # 2^29 components below 1, in grains of 2^-24, are exact in float64's 53 bits
 
 
@@ -85,18 +90,27 @@ def _sum_of_units(vectors_ND: np.ndarray, ids: Any) -> tuple[np.ndarray, int]:
     import torch
 
     stored_ND = as_tensor(vectors_ND)
-    norms_N = score.norms(stored_ND)
+    library, threads = native.load_if(vectors_ND.size > _WORTH_COMPILING), torch.get_num_threads()
+    shape = (stored_ND, vectors_ND.itemsize == 2, *vectors_ND.shape)
+    if library is None:
+        norms_N = score.norms(stored_ND)
+    else:
+        norms_N = torch.empty(len(stored_ND), dtype=torch.float64)
+        library("norms", *shape, threads, norms_N)
     refuse_unless_finite(norms_N.numpy(), ids)
-
-    def sum_of(piece: slice) -> torch.Tensor:
-        # a zero vector divided by 1 stays zero, and adds nothing
-        scale_N = norms_N[piece].masked_fill(norms_N[piece] == 0, 1.0)
-        units_ND = stored_ND[piece].double().div_(scale_N[:, None])
-        return units_ND.mul_(_GRAIN).round_().sum(dim=0)
-
-    zero_D = torch.zeros(stored_ND.shape[1], dtype=torch.float64)
-    total_D = sum(in_pieces(sum_of, len(stored_ND), stored_ND.device), zero_D)
+    total_D = torch.zeros(stored_ND.shape[1], dtype=torch.float64)
+    if library is None:
+        total_D = sum(in_pieces(partial(_sum_of_piece, stored_ND, norms_N), len(stored_ND), stored_ND.device), total_D)
+    else:
+        library("sum_of_units", *shape, norms_N, _GRAIN, threads, total_D)
     return (total_D / _GRAIN).numpy(), int((norms_N == 0).sum())
+
+
+def _sum_of_piece(stored_ND: torch.Tensor, norms_N: torch.Tensor, piece: slice) -> torch.Tensor:
+    # a zero vector divided by 1 stays zero, and adds nothing
+    scale_N = norms_N[piece].masked_fill(norms_N[piece] == 0, 1.0)
+    units_ND = stored_ND[piece].double().div_(scale_N[:, None])
+    return units_ND.mul_(_GRAIN).round_().sum(dim=0)
 
 
 def refuse_unless_finite(norms_N: np.ndarray, ids: Any) -> None:

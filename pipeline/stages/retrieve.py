@@ -28,7 +28,6 @@ from pipeline.tables import RUN
 
 VERSION = 1
 RECALL = "recall.json"
-COARSE = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Params(artifacts.Params):
 @dataclass(frozen=True)
 class Runtime(artifacts.Runtime):
     coarse: str
+    kernel: str
     device: str
     queries_per_pass: int
     memory_gb: float
@@ -164,7 +164,7 @@ class _Search:
         blocks = ((block.first_row, block.vectors_ND) for block in self.pool.blocks())
         return indexes.exact_search(
             queries_QD, blocks, self.id_order, self.params.depth, self.statistics,
-            device=resolve_device(self.runtime.device), coarse=self.runtime.coarse,
+            device=resolve_device(self.runtime.device), coarse=self.runtime.coarse, kernel=self.runtime.kernel,
             memory_bytes=int(self.runtime.memory_gb * 2**30))
 
     def _approximate(self, queries_QD: np.ndarray) -> indexes.Hits:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.indexes import Hits, Statistics, exact, exact_search, id_order, merge_hits, window
+from pipeline.indexes import Hits, Statistics, exact, exact_search, id_order, merge_hits, torch_kernel, window
+from pipeline.indexes.native_kernel import NativeKernel
 from pipeline.support.errors import UserError
+from tests.indexes import kernels
 from tests.indexes.oracle import blocks_of, statistics_of, true_hits
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -55,9 +58,14 @@ def stored(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def search(queries_QD: np.ndarray, vectors_ND: np.ndarray, ids: list[str], k: int, rows: int = 700,
-           **options: object) -> Hits:
-    return exact_search(queries_QD, blocks_of(vectors_ND, ids, rows), id_order(pa.array(ids)), k,
-                        statistics_of(vectors_ND), **options)  # type: ignore[arg-type]
+           kernel: str = kernels.NAMES[-1], coarse: str = "auto", memory_bytes: int = 2 << 30) -> Hits:
+    """By a kernel that the machine has; the type of the coarse product is `auto` where the kernel lacks it."""
+    chosen = kernels.kernel(kernel)
+    if coarse in PRECISIONS and isinstance(chosen, NativeKernel) and not NativeKernel.can(coarse, chosen.native):
+        coarse = "auto"
+    with mock.patch.object(exact, "choose_kernel", return_value=chosen):
+        return exact_search(queries_QD, blocks_of(vectors_ND, ids, rows), id_order(pa.array(ids)), k,
+                            statistics_of(vectors_ND), coarse=coarse, memory_bytes=memory_bytes)
 
 
 def assert_true(hits: Hits, queries_QD: np.ndarray, vectors_ND: np.ndarray, ids: list[str], k: int) -> None:
@@ -68,15 +76,15 @@ def assert_true(hits: Hits, queries_QD: np.ndarray, vectors_ND: np.ndarray, ids:
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(sorted(SHAPES)), st.sampled_from(sorted(SHAPES)), st.integers(1, 900),
-       st.integers(1, 70), st.integers(1, 6), st.integers(1, 40), st.sampled_from(("float16", "float32")),
-       st.sampled_from(PRECISIONS), st.integers(14, 24), st.integers(0, 2**32 - 1))
-def test_gives_what_brute_force_gives(of_pool: str, of_queries: str, rows: int, dimension: int, queries: int,
-                                      k: int, dtype: str, coarse: str, memory_bits: int, seed: int) -> None:
+       st.integers(1, 70), st.integers(1, 80), st.integers(1, 40), st.sampled_from(("float16", "float32")),
+       st.sampled_from(PRECISIONS), st.integers(14, 24), st.sampled_from(kernels.NAMES), st.integers(0, 2**32 - 1))
+def test_gives_what_brute_force_gives(of_pool: str, of_queries: str, rows: int, dimension: int, queries: int, k: int,
+                                      dtype: str, coarse: str, memory_bits: int, kernel: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     vectors_ND = stored(make(of_pool, rows, dimension, random), dtype)
     queries_QD = stored(make(of_queries, queries, dimension, random), dtype)
     ids = shuffled_ids(rows, random)
-    hits = search(queries_QD, vectors_ND, ids, k, coarse=coarse, memory_bytes=1 << memory_bits)
+    hits = search(queries_QD, vectors_ND, ids, k, coarse=coarse, memory_bytes=1 << memory_bits, kernel=kernel)
     assert_true(hits, queries_QD, vectors_ND, ids, k)
 
 
@@ -87,7 +95,9 @@ def test_is_exact_where_queries_resemble_candidates(shape: str, coarse: str) -> 
     vectors_ND = stored(make(shape, 3000, 32, random), "float32")
     queries_QD = vectors_ND[:12] + stored(1e-3 * random.standard_normal((12, 32)), "float32")
     ids = shuffled_ids(3000, random)
-    assert_true(search(queries_QD, vectors_ND, ids, 15, coarse=coarse), queries_QD, vectors_ND, ids, 15)
+    for kernel in kernels.NAMES:
+        hits = search(queries_QD, vectors_ND, ids, 15, coarse=coarse, kernel=kernel)
+        assert_true(hits, queries_QD, vectors_ND, ids, 15)
 
 
 @pytest.mark.parametrize("shape", ("gaussian", "copies", "two cones"))
@@ -100,13 +110,14 @@ def test_nothing_about_the_machine_matters(shape: str, monkeypatch: pytest.Monke
     expected = search(queries_QD, vectors_ND, ids, 20)
     threads = torch.get_num_threads()
     monkeypatch.setattr(window, "_TILE_ROWS", 300)
-    monkeypatch.setattr(exact, "_MERGE_WIDTH", 7)
+    monkeypatch.setattr(torch_kernel, "_MERGE_WIDTH", 7)
     try:
         for number, rows, memory in ((1, 1500, 1 << 30), (2, 1, 1 << 18), (threads, 333, 1 << 21)):
             torch.set_num_threads(number)
-            found = search(queries_QD, vectors_ND, ids, 20, rows=rows, memory_bytes=memory)
-            np.testing.assert_array_equal(found.rows_QK, expected.rows_QK)
-            np.testing.assert_array_equal(found.scores_QK, expected.scores_QK)
+            for kernel in kernels.NAMES:
+                found = search(queries_QD, vectors_ND, ids, 20, rows=rows, memory_bytes=memory, kernel=kernel)
+                np.testing.assert_array_equal(found.rows_QK, expected.rows_QK)
+                np.testing.assert_array_equal(found.scores_QK, expected.scores_QK)
     finally:
         torch.set_num_threads(threads)
 
@@ -142,14 +153,16 @@ def test_union_is_the_concatenation() -> None:
     assert_true(merge_hits(apart, order_N, 40), queries_QD, joined_ND, ids, 40)
 
 
-def test_a_bound_that_is_too_tight_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", [name for name in kernels.NAMES if name not in ("avx512", "avx2")])
+def test_a_bound_that_is_too_tight_would_be_noticed(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(9)
     vectors_ND, queries_QD = (stored(make("gaussian", rows, 64, random), "float32") for rows in (5000, 1000))
     ids = shuffled_ids(5000, random)
-    expected = search(queries_QD, vectors_ND, ids, 100, coarse="bfloat16")
+    expected = search(queries_QD, vectors_ND, ids, 100, coarse="bfloat16", kernel=kernel)
     monkeypatch.setattr(window, "_LARGEST_GROUP", 1)  # maxima of larger groups leave some room by themselves
     monkeypatch.setattr(exact.coarse_pass.Bounds, "floor", lambda self, product_Q: product_Q)
-    hits = search(queries_QD, vectors_ND, ids, 100, coarse="bfloat16")
+    monkeypatch.setattr(exact.coarse_pass, "_error", lambda queries, part, rows: 0 * queries.norms_Q[part])
+    hits = search(queries_QD, vectors_ND, ids, 100, coarse="bfloat16", kernel=kernel)
     assert (hits.rows_QK != expected.rows_QK).any()
 
 
@@ -167,10 +180,10 @@ def test_the_true_score_lies_within_the_bound() -> None:
         rows = exact.coarse_pass.coarse_rows(torch.from_numpy(vectors_ND), mean_D, dtype)
         queries = exact.coarse_pass.coarse_queries(stored_QD, exact.score.norms(stored_QD), mean_D, dtype)
         product_QN = exact.coarse_pass.product(queries.vectors_QD, rows.vectors_ND).double().numpy()
-        bounds = exact.coarse_pass.Bounds(queries, slice(None), rows)
-        error_Q1 = bounds._error_Q.numpy()[:, None]
+        beta = exact.coarse_pass.rounding_of_products(queries.vectors_QD)
+        error_Q1 = exact.coarse_pass.Bounds(queries, slice(None), rows, beta).error_Q.numpy()[:, None]
         apart_QN = np.abs(product_QN - exact_QN)
-        assert (apart_QN <= error_Q1 + bounds._beta * np.abs(product_QN)).all()
+        assert (apart_QN <= error_Q1 + beta * np.abs(product_QN)).all()
         assert apart_QN.max() > 1e-3 * error_Q1.max(), "the bound is so loose that this test says nothing"
 
 
@@ -246,7 +259,9 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match="queries have 6 dimensions, the pool has 8"):
         search(np.ones((1, 6), np.float32), vectors_ND, list("abcd"), 2)
     with pytest.raises(UserError, match="(?s)'bfloat61' is not known.*bfloat16"):
-        search(vectors_ND, vectors_ND, list("abcd"), 2, coarse="bfloat61")
+        exact_search(vectors_ND, [(0, vectors_ND)], np.arange(4), 2, statistics_of(vectors_ND), coarse="bfloat61")
+    with pytest.raises(UserError, match="(?s)'nativ' is not known.*native"):
+        exact_search(vectors_ND, [(0, vectors_ND)], np.arange(4), 2, statistics_of(vectors_ND), kernel="nativ")
     broken_QD = vectors_ND.copy()
     broken_QD[2, 3] = np.nan
     with pytest.raises(UserError, match="query number 2"):

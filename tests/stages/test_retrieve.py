@@ -23,7 +23,7 @@ POOLS["b"][7] = POOLS["a"][3]  # the same content under two ids: ties
 POOLS["a"][50] = POOLS["a"][3]
 QUERIES = RANDOM.standard_normal((30, 16)).astype(np.float16).astype(np.float32)
 QUERIES[5] = POOLS["a"][3]
-RUNTIME = retrieve.Runtime(coarse="auto", device="cpu", queries_per_pass=11, memory_gb=0.1)
+RUNTIME = retrieve.Runtime(coarse="auto", kernel="auto", device="cpu", queries_per_pass=11, memory_gb=0.1)
 Hits = list[tuple[str, float]]
 
 
@@ -100,7 +100,7 @@ def test_a_union_equals_one_concatenated_pool_exactly(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("runtime", [
     replace(RUNTIME, queries_per_pass=1), replace(RUNTIME, queries_per_pass=10**6), replace(RUNTIME, coarse="float32"),
-    replace(RUNTIME, coarse="bfloat16"), replace(RUNTIME, memory_gb=1e-5)])
+    replace(RUNTIME, coarse="bfloat16"), replace(RUNTIME, kernel="torch"), replace(RUNTIME, memory_gb=1e-5)])
 def test_speed_settings_change_no_byte(tmp_path: Path, runtime: retrieve.Runtime) -> None:
     first = search(tmp_path / "one", POOLS, QUERIES, runtime=RUNTIME)
     second = search(tmp_path / "two", POOLS, QUERIES, runtime=runtime)
