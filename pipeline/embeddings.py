@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import Artifact, atomic_path
+from pipeline.support.ahead import made_ahead
 from pipeline.support.errors import UserError
 from pipeline.tables import embeddings_schema
 
@@ -133,15 +135,14 @@ class EmbeddingStore:
         return read_table(self.directory / self.files[number], self.fingerprint)
 
     def blocks(self) -> Iterator[Block]:
-        """The store as a stream of shards: never more than one in memory."""
+        """The store as a stream of shards: few are in memory, read ahead."""
         first_row = 0
-        for number in range(len(self.files)):
-            table = self.shard(number)
+        for table in made_ahead(partial(self.shard, number) for number in range(len(self.files))):
             yield Block(first_row, table.column("id").combine_chunks(), vectors_of(table))
             first_row += len(table)
 
     def ids(self) -> pa.ChunkedArray:
-        tables = [read_table(self.directory / file, self.fingerprint, ["id"]) for file in self.files]
+        tables = made_ahead(partial(read_table, self.directory / file, self.fingerprint, ["id"]) for file in self.files)
         return pa.chunked_array([chunk for table in tables for chunk in table.column("id").chunks], pa.string())
 
 

@@ -10,7 +10,6 @@ Shapes: N rows of a piece, D dimensions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,15 +36,6 @@ def regroup(blocks: Iterable[tuple[Any, ...]], rows_per_piece: int) -> Iterator[
                 yield piece
     if held:
         yield _joined(held)
-
-
-def read_ahead(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """The same pieces; the next one is read, by a thread of its own, while the caller works on the present one."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, pieces, None)
-        while (piece := coming.result()) is not None:
-            coming = reader.submit(next, pieces, None)
-            yield piece
 
 
 def _joined(pieces: list[Piece]) -> Piece:

@@ -20,13 +20,14 @@ import numpy as np
 
 from pipeline.indexes import coarse as coarse_pass
 from pipeline.indexes import native, score
-from pipeline.indexes.blocks import as_tensor, read_ahead, regroup
+from pipeline.indexes.blocks import as_tensor, regroup
 from pipeline.indexes.hits import Hits, best, hits_from_keys
 from pipeline.indexes.native_kernel import NativeKernel
 from pipeline.indexes.search import Kernel, Search
 from pipeline.indexes.statistics import Statistics, refuse_unless_finite
 from pipeline.indexes.torch_kernel import TorchKernel
 from pipeline.indexes.window import Sizes, Window
+from pipeline.support.ahead import read_ahead
 from pipeline.support.errors import UserError, nearest
 
 if TYPE_CHECKING:

@@ -19,10 +19,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <new>
 #include <numeric>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -45,7 +47,7 @@ constexpr int64_t CHUNK = 512 << 10, SLICE = 4;
 constexpr int64_t PANELS_PER_ITEM = 16;            // their rows are read from memory once for so many queries
 constexpr uint32_t NO_ROW = UINT32_MAX;            // a hit of an earlier window
 constexpr int64_t RANKS = (int64_t{1} << 32) - 1;  // score.py: the low half of a key
-constexpr int64_t OVERFLOW_ = -1, NO_MEMORY = -2;
+constexpr int64_t TOO_MANY = -1, NO_MEMORY = -2;
 
 struct Aligned {
     void operator()(void* memory) const { std::free(memory); }
@@ -62,9 +64,9 @@ Buffer<T> buffer(int64_t count) {
     return Buffer<T>(static_cast<T*>(memory));
 }
 
-// `work(number)` for every number below `count`, on so many threads; false if memory ran out.
+// `work(number)` for every number below `count`, on so many threads.
 template <class Work>
-bool in_threads(int threads, int64_t count, const Work& work) {
+void in_threads(int threads, int64_t count, const Work& work) {
     std::atomic<int64_t> next{0};
     std::atomic<bool> failed{false};
     auto run = [&] {
@@ -75,10 +77,13 @@ bool in_threads(int threads, int64_t count, const Work& work) {
         }
     };
     std::vector<std::thread> others;
-    for (int64_t number = 1; number < std::min<int64_t>(threads, count); number++) others.emplace_back(run);
+    try {
+        for (int64_t number = 1; number < std::min<int64_t>(threads, count); number++) others.emplace_back(run);
+    } catch (const std::system_error&) {  // no more threads to be had: fewer do the work
+    }
     run();
     for (auto& other : others) other.join();
-    return !failed;
+    if (failed) throw std::bad_alloc();
 }
 
 // ---- stored vectors, and scores as score.py defines them
@@ -145,29 +150,27 @@ void merge(int64_t* best, int64_t k, std::vector<int64_t>& fresh) {
 
 // ---- numbers and tiles
 
+// Sixteen lanes at once, in whatever registers there are.
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
 struct Float32 {
     static constexpr int64_t PER_GROUP = 1;
-    using Bits = uint32_t;
-    static Bits round(float value) {
-        Bits bits;
-        std::memcpy(&bits, &value, sizeof bits);
-        return bits;
-    }
-    static float widen(Bits bits) {
-        float value;
-        std::memcpy(&value, &bits, sizeof value);
-        return value;
-    }
+    static Words round(Floats values) { return (Words)values; }
+    static void write(Words rounded, char* to) { std::memcpy(to, &rounded, sizeof rounded); }
 };
 
 struct BFloat16 {
     static constexpr int64_t PER_GROUP = 2;
-    using Bits = uint16_t;
-    static Bits round(float value) {  // to nearest, ties to even; every value here is finite
-        uint32_t bits = Float32::round(value);
-        return Bits((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+    static Words round(Floats values) {  // to nearest, ties to even, as float32; every value here is finite
+        Words bits = (Words)values;
+        return (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000u;
     }
-    static float widen(Bits bits) { return Float32::widen(uint32_t(bits) << 16); }
+    static void write(Words rounded, char* to) {
+        Halves upper = __builtin_convertvector(rounded >> 16, Halves);
+        std::memcpy(to, &upper, sizeof upper);
+    }
 };
 
 template <class Number>
@@ -301,15 +304,9 @@ void add_products<BFloat16>(const char* rows, const char* panel, int64_t steps, 
     _tile_stored(3, sums + 3 * SIDE * SIDE, LINE);
     __asm__ volatile("" ::: "memory");
 }
-constexpr bool HAS_BFLOAT16 = true;
 #else
 bool ask_for_tiles() { return true; }
 void open_tiles() {}
-#if defined(__AVX512BF16__)
-constexpr bool HAS_BFLOAT16 = true;
-#else
-constexpr bool HAS_BFLOAT16 = false;
-#endif
 #endif
 
 // ---- the pass over a window
@@ -458,29 +455,29 @@ std::vector<Hit> kept_of(std::vector<Item>& items, const Search& search, int64_t
     return hits;
 }
 
-template <class Number>
-void pack_row(const float* centred, int64_t row, int64_t steps, char* packed) {
-    char* tiles = packed + row / SIDE * steps * TILE + row % SIDE * LINE;
-    constexpr int64_t PER_LINE = SIDE * Number::PER_GROUP;
-    for (int64_t step = 0; step < steps; step++) {
-        typename Number::Bits line[PER_LINE];
-        for (int64_t place = 0; place < PER_LINE; place++) line[place] = Number::round(centred[step * PER_LINE + place]);
-        std::memcpy(tiles + step * TILE, line, LINE);
-    }
+float norm(Floats squares) {
+    float sum = 0;
+    for (int64_t lane = 0; lane < SIDE; lane++) sum += squares[lane];
+    return std::sqrt(sum);
 }
 
-// Norms of a row and of what rounding takes from it, in float32: each off by less than (D + 2) 2^-24 of itself.
+// Writes a row into its tile. Returns its norm and that of what rounding took from it, in float32: each is off by less
+// than (D + 2) 2^-24 of itself.
 template <class Number>
-std::pair<float, float> norms_of(const float* centred, int64_t padded) {
-    float norm[SIDE] = {}, residual[SIDE] = {};
-    for (int64_t place = 0; place < padded; place += SIDE)
-        for (int64_t lane = 0; lane < SIDE; lane++) {
-            float value = centred[place + lane], lost = value - Number::widen(Number::round(value));
-            norm[lane] += value * value;
-            residual[lane] += lost * lost;
+std::pair<float, float> pack_row(const float* centred, int64_t row, int64_t steps, char* packed) {
+    char* tiles = packed + row / SIDE * steps * TILE + row % SIDE * LINE;
+    Floats squares{}, lost_squares{};
+    for (int64_t step = 0; step < steps; step++)
+        for (int64_t part = 0; part < Number::PER_GROUP; part++, centred += SIDE) {
+            Floats values;
+            std::memcpy(&values, centred, sizeof values);
+            Words rounded = Number::round(values);
+            Floats lost = values - (Floats)rounded;
+            squares += values * values;
+            lost_squares += lost * lost;
+            Number::write(rounded, tiles + step * TILE + part * LINE / Number::PER_GROUP);
         }
-    return {std::sqrt(std::accumulate(norm, norm + SIDE, 0.0f)),
-            std::sqrt(std::accumulate(residual, residual + SIDE, 0.0f))};
+    return {norm(squares), norm(lost_squares)};
 }
 
 void raise(std::atomic<float>& highest, float value) {
@@ -492,11 +489,11 @@ void raise(std::atomic<float>& highest, float value) {
 constexpr int64_t ROWS_AT_ONCE = 256;
 
 template <class Number>
-bool pack_rows(Stored stored, int64_t num_rows, const double* norms, const float* mean, int threads, char* packed,
+void pack_rows(Stored stored, int64_t num_rows, const double* norms, const float* mean, int threads, char* packed,
                float* largest) {
     int64_t steps = steps_of<Number>(stored.dimension), padded = steps * SIDE * Number::PER_GROUP;
-    std::atomic<float> norm{0.0f}, residual{0.0f};
-    bool done = in_threads(threads, (num_rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, [&](int64_t part) {
+    std::atomic<float> largest_norm{0.0f}, largest_residual{0.0f};
+    in_threads(threads, (num_rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, [&](int64_t part) {
         auto centred = buffer<float>(padded);
         for (int64_t row = part * ROWS_AT_ONCE; row < std::min((part + 1) * ROWS_AT_ONCE, num_rows); row++) {
             stored.read(row, centred.get());
@@ -509,153 +506,116 @@ bool pack_rows(Stored stored, int64_t num_rows, const double* norms, const float
                 for (int64_t place = 0; place < stored.dimension; place++)
                     centred[place] = float(double(centred[place]) / (length > 0 ? length : 1.0) - double(mean[place]));
             }
-            pack_row<Number>(centred.get(), row, steps, packed);
-            auto [whole, lost] = norms_of<Number>(centred.get(), padded);
-            raise(norm, whole);
-            raise(residual, lost);
+            auto [whole, lost] = pack_row<Number>(centred.get(), row, steps, packed);
+            raise(largest_norm, whole);
+            raise(largest_residual, lost);
         }
     });
     std::vector<float> nothing(padded);
     for (int64_t row = num_rows; row % SIDE; row++) pack_row<Number>(nothing.data(), row, steps, packed);
-    largest[0] = norm, largest[1] = residual;
-    return done;
+    largest[0] = largest_norm, largest[1] = largest_residual;
 }
 
 template <class Number>
-bool pack_panels(const float* queries, int64_t num_queries, int64_t dimension, int threads, char* panels) {
-    int64_t steps = steps_of<Number>(dimension);
-    return in_threads(threads, (num_queries + PANEL - 1) / PANEL, [&](int64_t panel) {
-        char* start = panels + panel * steps * 4 * TILE;
-        std::memset(start, 0, steps * 4 * TILE);
-        for (int64_t query = panel * PANEL; query < std::min((panel + 1) * PANEL, num_queries); query++)
-            for (int64_t place = 0; place < dimension; place++) {
-                int64_t group = place / Number::PER_GROUP;
-                auto bits = Number::round(queries[query * dimension + place]);
-                char* tile = start + (group / SIDE * 4 + query % PANEL / SIDE) * TILE;
-                std::memcpy(tile + group % SIDE * LINE + query % SIDE * 4 + place % Number::PER_GROUP * sizeof bits, &bits,
-                            sizeof bits);
+void pack_panels(const float* queries, int64_t num_queries, int64_t dimension, int threads, char* panels) {
+    int64_t steps = steps_of<Number>(dimension), padded = steps * SIDE * Number::PER_GROUP;
+    in_threads(threads, (num_queries + PANEL - 1) / PANEL, [&](int64_t panel) {
+        auto centred = buffer<float>(padded);
+        auto rows = buffer<char>(4 * steps * TILE);  // the queries as rows are packed; their tiles are then transposed
+        for (int64_t query = panel * PANEL; query < std::min((panel + 1) * PANEL, num_queries); query++) {
+            std::copy(queries + query * dimension, queries + (query + 1) * dimension, centred.get());
+            pack_row<Number>(centred.get(), query % PANEL, steps, rows.get());
+        }
+        for (int64_t tile = 0; tile < 4; tile++)
+            for (int64_t step = 0; step < steps; step++) {
+                const char* from = rows.get() + (tile * steps + step) * TILE;
+                char* to = panels + ((panel * steps + step) * 4 + tile) * TILE;
+                for (int64_t query = 0; query < SIDE; query++)
+                    for (int64_t group = 0; group < SIDE; group++)
+                        std::memcpy(to + group * LINE + query * 4, from + query * LINE + group * 4, 4);
             }
     });
 }
 
-}  // namespace
-
-// Arrays are C-contiguous; `is_half` says float16 or float32; `is_narrow` says bfloat16 or float32 in the pass.
-// Every function returns 0 or more, or NO_MEMORY.
-extern "C" {
-
-// To be called once, before anything else; not 0 if the system does not let us use what this was built for.
-int64_t plumbline_start() { return ask_for_tiles() ? 0 : 1; }
-
-// norms [N]: Euclidean norms in float64, not finite exactly where a row holds NaN or infinity.
-int64_t plumbline_norms(const void* values, int is_half, int64_t num_rows, int64_t dimension, int threads,
-                        double* norms) {
-    Stored stored{values, dimension, bool(is_half)};
-    bool done = in_threads(threads, (num_rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, [&](int64_t part) {
-        auto row_values = buffer<float>(dimension);
-        auto terms = buffer<double>(dimension);
+void norms_of(Stored stored, int64_t num_rows, int threads, double* norms) {
+    in_threads(threads, (num_rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, [&](int64_t part) {
+        auto values = buffer<float>(stored.dimension);
+        auto terms = buffer<double>(stored.dimension);
         for (int64_t row = part * ROWS_AT_ONCE; row < std::min((part + 1) * ROWS_AT_ONCE, num_rows); row++) {
-            stored.read(row, row_values.get());
-            norms[row] = std::sqrt(product(row_values.get(), row_values.get(), dimension, terms.get()));
+            stored.read(row, values.get());
+            norms[row] = std::sqrt(product(values.get(), values.get(), stored.dimension, terms.get()));
         }
     });
-    return done ? 0 : NO_MEMORY;
 }
 
-// total [D]: the sum of the unit vectors in grains of 1 / `grains`, each component rounded to one: exact, in any order.
-int64_t plumbline_sum_of_units(const void* values, int is_half, int64_t num_rows, int64_t dimension,
-                               const double* norms, double grains, int threads, double* total) {
-    Stored stored{values, dimension, bool(is_half)};
+void sum_of_units(Stored stored, int64_t num_rows, const double* norms, double grains, int threads, double* total) {
     std::vector<Buffer<double>> sums(threads);
-    bool done = in_threads(threads, threads, [&](int64_t part) {
-        sums[part] = buffer<double>(dimension);
+    in_threads(threads, threads, [&](int64_t part) {
+        sums[part] = buffer<double>(stored.dimension);
         double* sum = sums[part].get();
-        auto row_values = buffer<float>(dimension);
+        auto values = buffer<float>(stored.dimension);
         for (int64_t row = num_rows * part / threads; row < num_rows * (part + 1) / threads; row++) {
-            if (!(norms[row] > 0)) continue;
-            stored.read(row, row_values.get());
             double norm = norms[row];
-            for (int64_t place = 0; place < dimension; place++)  // adding and taking 1.5 x 2^52 rounds, ties to even
-                sum[place] += (double(row_values[place]) / norm * grains + 0x1.8p52) - 0x1.8p52;
+            if (!(norm > 0)) continue;
+            stored.read(row, values.get());
+            for (int64_t place = 0; place < stored.dimension; place++)  // 1.5 x 2^52 added and taken: rounds, ties to even
+                sum[place] += (double(values[place]) / norm * grains + 0x1.8p52) - 0x1.8p52;
         }
     });
-    for (int64_t part = 0; done && part < threads; part++)
-        for (int64_t place = 0; place < dimension; place++) total[place] += sums[part][place];
-    return done ? 0 : NO_MEMORY;
+    for (const auto& sum : sums)
+        for (int64_t place = 0; place < stored.dimension; place++) total[place] += sum[place];
 }
 
-// Bytes of a packed vector: rows are packed in sixteens, queries in panels of 64.
-int64_t plumbline_packed_bytes(int64_t dimension, int is_narrow) {
-    return (is_narrow ? steps_of<BFloat16>(dimension) : steps_of<Float32>(dimension)) * LINE;
-}
+// Queries or rows with the norms of their stored vectors.
+struct Normed {
+    Stored stored;
+    const double* norms;
+};
 
-// Unit vectors minus the mean; largest [2]: the largest norm of them, and of what rounding took.
-int64_t plumbline_pack_rows(const void* values, int is_half, int64_t num_rows, int64_t dimension, const double* norms,
-                            const float* mean, int is_narrow, int threads, char* packed, float* largest) {
-    Stored stored{values, dimension, bool(is_half)};
-    auto pack = is_narrow ? pack_rows<BFloat16> : pack_rows<Float32>;
-    return pack(stored, num_rows, norms, mean, threads, packed, largest) ? 0 : NO_MEMORY;
-}
-
-int64_t plumbline_pack_panels(const float* queries, int64_t num_queries, int64_t dimension, int is_narrow, int threads,
-                              char* panels) {
-    auto pack = is_narrow ? pack_panels<BFloat16> : pack_panels<Float32>;
-    return pack(queries, num_queries, dimension, threads, panels) ? 0 : NO_MEMORY;
-}
-
-// Searches packed rows for a block of queries and merges what it finds into keys [Q, k]. Returns how many pairs were
-// scored in float64, or OVERFLOW_, with no key changed, if more than `spare` hits had to be held.
-int64_t plumbline_search(const char* rows, const char* panels, int is_narrow, const float* margins,
-                         const float* earlier, const void* values, int values_are_half, const double* row_norms,
-                         const int64_t* ranks, int64_t num_rows, const void* queries, int queries_are_half,
-                         const double* query_norms, int64_t num_queries, int64_t dimension, int64_t k, int64_t spare,
-                         int threads, int64_t* keys) {
-    Search search{rows, panels, margins, earlier, num_rows, num_queries, k,
-                  is_narrow ? steps_of<BFloat16>(dimension) : steps_of<Float32>(dimension), {spare}};
-    if (is_narrow && !HAS_BFLOAT16) return NO_MEMORY;
-    auto scan = is_narrow ? &Item::scan<BFloat16> : &Item::scan<Float32>;
-    auto items = items_of(search, threads);
-    if (!in_threads(threads, items.size(), [&](int64_t number) { (items[number].*scan)(search); })) return NO_MEMORY;
-    if (search.spare < 0) return OVERFLOW_;
-    Stored stored_rows{values, dimension, bool(values_are_half)}, stored_queries{queries, dimension, bool(queries_are_half)};
+// Float64 scores of what the items kept, merged into the keys; returns how many.
+int64_t settle(const Search& search, std::vector<Item>& items, Normed rows, const int64_t* ranks, Normed queries,
+               int threads, int64_t* keys) {
     std::atomic<int64_t> scored{0};
-    bool done = in_threads(threads, num_queries, [&](int64_t query) {
+    int64_t dimension = rows.stored.dimension;
+    in_threads(threads, search.num_queries, [&](int64_t query) {
         auto hits = kept_of(items, search, query);
         auto left = buffer<float>(dimension), right = buffer<float>(dimension);
         auto terms = buffer<double>(dimension);
-        stored_queries.read(query, left.get());
+        queries.stored.read(query, left.get());
         std::vector<int64_t> fresh;
         for (size_t number = 0; number < hits.size(); number++) {
-            if (number + 2 < hits.size()) stored_rows.prefetch(hits[number + 2].row);
+            if (number + 2 < hits.size()) rows.stored.prefetch(hits[number + 2].row);
             int64_t row = hits[number].row;
-            stored_rows.read(row, right.get());
+            rows.stored.read(row, right.get());
             double dot = product(left.get(), right.get(), dimension, terms.get());
-            fresh.push_back(key_of(dot, query_norms[query] * row_norms[row], ranks[row]));
+            fresh.push_back(key_of(dot, queries.norms[query] * rows.norms[row], ranks[row]));
         }
-        merge(keys + query * k, k, fresh);
+        merge(keys + query * search.k, search.k, fresh);
         scored += hits.size();
     });
-    return done ? scored.load() : NO_MEMORY;
+    return scored;
 }
 
-// The same for so few queries that scoring every row in float64 is quicker than packing it.
-int64_t plumbline_search_few(const void* values, int values_are_half, const double* row_norms, const int64_t* ranks,
-                             int64_t num_rows, const float* queries, const double* query_norms, int64_t num_queries,
-                             int64_t dimension, int64_t k, int threads, int64_t* keys) {
-    Stored stored{values, dimension, bool(values_are_half)};
+// For a few queries: the score of every row, in float64.
+void search_all(Normed rows, const int64_t* ranks, int64_t num_rows, Normed queries, int64_t num_queries, int64_t k,
+                int threads, int64_t* keys) {
+    int64_t dimension = rows.stored.dimension;
+    auto query_values = buffer<float>(num_queries * dimension);
+    for (int64_t query = 0; query < num_queries; query++)
+        queries.stored.read(query, query_values.get() + query * dimension);
     std::vector<std::vector<int64_t>> best(threads * num_queries);
-    bool done = in_threads(threads, threads, [&](int64_t part) {
-        auto row_values = buffer<float>(dimension);
+    in_threads(threads, threads, [&](int64_t part) {
+        auto values = buffer<float>(dimension);
         auto terms = buffer<double>(dimension);
         std::vector<int64_t> floors(num_queries);
         for (int64_t query = 0; query < num_queries; query++) floors[query] = keys[query * k + k - 1];
         for (int64_t row = num_rows * part / threads; row < num_rows * (part + 1) / threads; row++) {
-            stored.read(row, row_values.get());
+            rows.stored.read(row, values.get());
             for (int64_t query = 0; query < num_queries; query++) {
-                double dot = product(queries + query * dimension, row_values.get(), dimension, terms.get());
-                int64_t key = key_of(dot, query_norms[query] * row_norms[row], ranks[row]);
-                auto& found = best[part * num_queries + query];
+                double dot = product(query_values.get() + query * dimension, values.get(), dimension, terms.get());
+                int64_t key = key_of(dot, queries.norms[query] * rows.norms[row], ranks[row]);
                 if (key <= floors[query]) continue;
+                auto& found = best[part * num_queries + query];
                 found.push_back(key);
                 if (int64_t(found.size()) < 4 * k) continue;
                 std::nth_element(found.begin(), found.begin() + (k - 1), found.end(), std::greater<int64_t>());
@@ -664,8 +624,98 @@ int64_t plumbline_search_few(const void* values, int values_are_half, const doub
             }
         }
     });
-    for (int64_t query = 0; query < num_queries; query++)
-        for (int64_t part = 0; part < threads; part++) merge(keys + query * k, k, best[part * num_queries + query]);
-    return done ? num_rows * num_queries : NO_MEMORY;
+    for (size_t number = 0; number < best.size(); number++) merge(keys + number % num_queries * k, k, best[number]);
 }
+
+template <class Body>
+int64_t guarded(const Body& body) {
+    try {
+        return body();
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
 }
+
+}  // namespace
+
+// Arrays are C-contiguous; `is_half` says float16 or float32; `is_narrow` says bfloat16 or float32 in the pass. The
+// dimension D is that of the stored vectors. Every function returns 0 or more, or NO_MEMORY.
+extern "C" {
+
+// To be called once, before anything else; not 0 if the system does not let us use what this was built for.
+int64_t plumbline_start() { return ask_for_tiles() ? 0 : 1; }
+
+// norms [N]: Euclidean norms in float64, not finite exactly where a row holds NaN or infinity.
+int64_t plumbline_norms(const void* values, int is_half, int64_t num_rows, int64_t dimension, int threads,
+                        double* norms) {
+    return guarded([&] {
+        norms_of({values, dimension, bool(is_half)}, num_rows, threads, norms);
+        return int64_t{0};
+    });
+}
+
+// total [D]: the sum of the unit vectors in grains of 1 / `grains`, each component rounded to one: exact, in any order.
+int64_t plumbline_sum_of_units(const void* values, int is_half, int64_t num_rows, int64_t dimension,
+                               const double* norms, double grains, int threads, double* total) {
+    return guarded([&] {
+        sum_of_units({values, dimension, bool(is_half)}, num_rows, norms, grains, threads, total);
+        return int64_t{0};
+    });
+}
+
+// Bytes of a packed vector: rows are packed in sixteens, queries in panels of 64.
+int64_t plumbline_packed_bytes(int64_t dimension, int is_narrow) {
+    return (is_narrow ? steps_of<BFloat16>(dimension) : steps_of<Float32>(dimension)) * LINE;
+}
+
+// packed: unit vectors minus the mean; largest [2]: the largest norm of them, and of what rounding took.
+int64_t plumbline_pack_rows(const void* values, int is_half, int64_t num_rows, int64_t dimension, const double* norms,
+                            const float* mean, int is_narrow, int threads, char* packed, float* largest) {
+    return guarded([&] {
+        auto pack = is_narrow ? pack_rows<BFloat16> : pack_rows<Float32>;
+        pack({values, dimension, bool(is_half)}, num_rows, norms, mean, threads, packed, largest);
+        return int64_t{0};
+    });
+}
+
+// panels: queries that are exact in the precision of the pass, in float32.
+int64_t plumbline_pack_panels(const float* queries, int64_t num_queries, int64_t dimension, int is_narrow, int threads,
+                              char* panels) {
+    return guarded([&] {
+        auto pack = is_narrow ? pack_panels<BFloat16> : pack_panels<Float32>;
+        pack(queries, num_queries, dimension, threads, panels);
+        return int64_t{0};
+    });
+}
+
+// Searches packed rows for a block of queries and merges what it finds into keys [Q, k]. Returns how many pairs were
+// scored in float64, or TOO_MANY, with no key changed, if more than `spare` hits had to be held.
+int64_t plumbline_search(const char* packed, const char* panels, int is_narrow, const float* margins,
+                         const float* earlier, const void* rows, int rows_are_half, const double* row_norms,
+                         const int64_t* ranks, int64_t num_rows, const void* queries, int queries_are_half,
+                         const double* query_norms, int64_t num_queries, int64_t dimension, int64_t k, int64_t spare,
+                         int threads, int64_t* keys) {
+    return guarded([&] {
+        int64_t steps = is_narrow ? steps_of<BFloat16>(dimension) : steps_of<Float32>(dimension);
+        Search search{packed, panels, margins, earlier, num_rows, num_queries, k, steps, {spare}};
+        auto items = items_of(search, threads);
+        auto scan = is_narrow ? &Item::scan<BFloat16> : &Item::scan<Float32>;
+        in_threads(threads, items.size(), [&](int64_t number) { (items[number].*scan)(search); });
+        if (search.spare < 0) return TOO_MANY;
+        return settle(search, items, {{rows, dimension, bool(rows_are_half)}, row_norms}, ranks,
+                      {{queries, dimension, bool(queries_are_half)}, query_norms}, threads, keys);
+    });
+}
+
+// The same for so few queries that scoring every row in float64 is quicker than packing it.
+int64_t plumbline_search_few(const void* rows, int rows_are_half, const double* row_norms, const int64_t* ranks,
+                             int64_t num_rows, const void* queries, int queries_are_half, const double* query_norms,
+                             int64_t num_queries, int64_t dimension, int64_t k, int threads, int64_t* keys) {
+    return guarded([&] {
+        search_all({{rows, dimension, bool(rows_are_half)}, row_norms}, ranks, num_rows,
+                   {{queries, dimension, bool(queries_are_half)}, query_norms}, num_queries, k, threads, keys);
+        return num_rows * num_queries;
+    });
+}
+
+}  // extern "C"

@@ -41,7 +41,7 @@ _SIGNATURES = {
     "plumbline_start": "", "plumbline_packed_bytes": "ni", "plumbline_norms": "pinnip",
     "plumbline_sum_of_units": "pinnpdip",
     "plumbline_pack_rows": "pinnppiipp", "plumbline_pack_panels": "pnniip",
-    "plumbline_search": "ppipppippnpipnnnnip", "plumbline_search_few": "pippnppnnnip"}
+    "plumbline_search": "ppipppippnpipnnnnip", "plumbline_search_few": "pippnpipnnnip"}
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_int64, "d": ctypes.c_double}
 
 

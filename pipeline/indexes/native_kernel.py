@@ -21,7 +21,7 @@ from pipeline.indexes.native import OVERFLOW, Native
 from pipeline.indexes.search import Search
 from pipeline.indexes.window import Sizes, Window, pairs_per_query
 
-_FEW = 4
+_FEW = 6
 _TILE_ROWS, _PANEL = 16, 64  # as in native.cpp
 _BYTES_PER_HIT = 8
 _FEW_ROWS = 1024  # so few rows cannot overflow
@@ -88,11 +88,11 @@ class NativeKernel:
             threads, keys_BK)
 
     def _few(self, search: Search, window: Window, part: slice) -> None:
-        queries_BD, vectors_WD = search.stored_QD[part].float(), window.stored_WD
+        queries_BD, vectors_WD = search.stored_QD[part], window.stored_WD
         search.examined += self.native(
             "search_few", vectors_WD, _is_half(vectors_WD), self._norms(window), window.ranks_W, len(vectors_WD),
-            queries_BD, search.norms_Q[part], len(queries_BD), queries_BD.shape[1], search.k, _threads(),
-            search.keys_QK[part])
+            queries_BD, _is_half(queries_BD), search.norms_Q[part], len(queries_BD), queries_BD.shape[1], search.k,
+            _threads(), search.keys_QK[part])
 
     def _norms(self, window: Window) -> np.ndarray:
         import torch

@@ -22,9 +22,10 @@ static void emulated_store(int tile, void* to, int64_t stride) {
 }
 
 static float emulated_half(const unsigned char* bytes) {
-    uint16_t bits;
-    std::memcpy(&bits, bytes, sizeof bits);
-    return BFloat16::widen(bits);
+    uint32_t bits = uint32_t(bytes[0]) << 16 | uint32_t(bytes[1]) << 24;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 static void emulated_product(int sums, int left, int right) {

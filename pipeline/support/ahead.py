@@ -1,0 +1,40 @@
+"""Results in order, made ahead of their use by threads: for reading, which waits for disks and leaves Python's lock."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+def made_ahead(tasks: Iterable[Callable[[], Result]], most: int = 4) -> Iterator[Result]:
+    """What each task returns, in order; as many are under way or waiting as there are cores, `most` at most."""
+    threads = max(1, min(most, len(os.sched_getaffinity(0))))
+    coming: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for task in tasks:
+                coming.append(pool.submit(task))
+                if len(coming) > threads:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:  # nobody wants the rest if the caller or a task has failed
+            for future in coming:
+                future.cancel()
+
+
+def read_ahead(items: Iterator[Result]) -> Iterator[Result]:
+    """The same items; the next one is fetched, by a thread of its own, while the caller works on the present one."""
+    def following() -> list[Result]:
+        return [item for _, item in zip(range(1), items)]
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(following)
+        while found := coming.result():
+            coming = reader.submit(following)
+            yield found[0]
