@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _list_command(subcommands)
     _mini_mbeir_command(subcommands)
     _score_run_command(subcommands)
+    _bench_command(subcommands)
     return parser
 
 
@@ -165,3 +166,13 @@ def _score_run_command(subcommands: Any) -> None:
     command.add_argument("--per-query", action="store_true")
     command.add_argument("--debug", action="store_true")
     command.set_defaults(run=commands.score_run)
+
+
+def _bench_command(subcommands: Any) -> None:
+    text = "how fast this is beside what others do, measured here by turns (from a checkout)"
+    command = subcommands.add_parser("bench", help=text, description=text)
+    command.add_argument("name", nargs="?", metavar="NAME", help="a benchmark; without it all are listed")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="its options, such as rows=1000")
+    command.add_argument("--json", action="store_true", help="print one JSON object per row on stdout, nothing else")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(run=commands.bench)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import Any
 
 from pipeline.support.logs import configure
@@ -167,4 +168,16 @@ def make_mini_mbeir(options: Any) -> int:
 def score_run(options: Any) -> int:
     from pipeline.report.foreign import score_run
     print(score_run(options.run_file, options.qrels_file, options.metric, options.ties, options.per_query))
+    return DONE
+
+
+def bench(options: Any) -> int:
+    from pipeline import bench
+    if options.name is None:
+        print(bench.listing())
+        return DONE
+    rows = bench.rows(options.name, options.overrides)
+    print(bench.heading(), file=sys.stderr if options.json else sys.stdout, flush=True)
+    for row in rows:
+        print(json.dumps(row.as_json()) if options.json else bench.row_text(row), flush=True)
     return DONE

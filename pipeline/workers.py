@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipeline import artifacts
+from pipeline import artifacts, indexes
 from pipeline.benchmarks import load_adapter
 from pipeline.config import Experiment, part
 from pipeline.plan import MODULES, Plan, make_plan
@@ -62,6 +62,8 @@ def run_stage(experiment: Experiment, stage: str, share: Share = Share()) -> Out
     """Make what is missing of a stage; NotReady if an earlier stage is not complete."""
     started, outcome, module = time.monotonic(), Outcome(stage), MODULES[stage]
     runtime = runtime_of(experiment, stage)
+    if stage == "embed" and experiment.settings.index.factory != "Flat":  # before what takes longest
+        indexes.check_factory(experiment.settings.index.factory)
     if stage == "collect":
         load_adapter(experiment.benchmark.adapter).prepare(experiment.benchmark)
     asked: set[tuple[str, str]] = set()

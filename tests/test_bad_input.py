@@ -61,6 +61,12 @@ def test_unknown_task(cli: Cli) -> None:
     cli.refuses("no task 'toys_task1'", "nearest: toys_task0", arguments=("tasks=[toys_task1]",))
 
 
+def test_an_index_that_faiss_cannot_make_is_refused_before_anything_is_embedded(cli: Cli) -> None:
+    cli.refuses("'HNWS32' is not an index", "HNSW32", arguments=("index.factory=HNWS32",))
+    assert not list(cli.small.experiment.parent.rglob("embeddings-*.parquet"))
+    cli.refuses("nprobe=0", arguments=("index.factory=IVF4,Flat", "retrieve.faiss_parameters=nprobe=0"))
+
+
 def test_empty_pool(cli: Cli, small: SmallMbeir) -> None:
     small.path("candidates").write_text("")
     cli.refuses("pool toys_task0 is empty")

@@ -9,11 +9,13 @@ is.
 
 from __future__ import annotations
 
-from pipeline.indexes.approximate import build_index, read_index, search_index, write_index
+from pipeline.indexes.approximate import (build_index, check_factory, check_parameters, read_index, search_index,
+                                          write_index)
 from pipeline.indexes.coarse import COARSE
 from pipeline.indexes.exact import KERNELS, exact_search
 from pipeline.indexes.hits import Hits, id_order, merge_hits, recall_against_exact
 from pipeline.indexes.statistics import Statistics
 
-__all__ = ["COARSE", "KERNELS", "Hits", "Statistics", "build_index", "exact_search", "id_order", "merge_hits",
-           "read_index", "recall_against_exact", "search_index", "write_index"]
+__all__ = ["COARSE", "KERNELS", "Hits", "Statistics", "build_index", "check_factory", "check_parameters",
+           "exact_search", "id_order", "merge_hits", "read_index", "recall_against_exact", "search_index",
+           "write_index"]

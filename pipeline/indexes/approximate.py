@@ -4,13 +4,15 @@ vectors.
 Cosine is the inner product of unit vectors in float32, so scores differ from the exact search in their last
 digits even for `Flat`, and every other type may miss rows: measure it with `recall_against_exact`.
 HNSW-like graphs depend on the order in which threads add, so they are built by one thread: slow, and
-reproducible.
+reproducible. Some mistakes that FAISS would answer by ending the process are refused before it sees them.
 
 Shapes: N rows, Q queries, K hits, D dimensions.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +28,14 @@ from pipeline.support.errors import UserError
 
 Blocks = Callable[[], Iterable[tuple[Any, ...]]]
 
+_FACTORY, _PARAMETERS = "index.factory", "retrieve.faiss_parameters"
+_PARAMETER_EXAMPLES = "for example nprobe=16 (IVF) or efSearch=64 (HNSW)"
 _EXAMPLES = "for example Flat, IVF1024,Flat, HNSW32, IVF4096,PQ64 or OPQ64,IVF4096,PQ64"
 _ADD_ROWS = 65_536  # fixed: a graph depends on the rows that are added together
 _GRAPHS = ("HNSW", "NSG", "NNDESCENT")
 _TIES_AT_THE_CUT = 32  # FAISS orders equal scores by row; this many more are asked for and ordered by id
+_DEADLY = re.compile(r"(?<!\d)0|HNSW1(?!\d)|NSG[12](?!\d)")  # FAISS 1.15 divides by these, crashes or never ends
+_USUAL_DIMENSIONS = (768, 512, 1024, 640, 896, 1152, 27_720)  # the last has many divisors, for PQ
 
 
 def build_index(factory: str, blocks: Blocks, dimension: int, rows: int, train_rows: int = 131_072,
@@ -39,16 +45,44 @@ def build_index(factory: str, blocks: Blocks, dimension: int, rows: int, train_r
     It is trained on `train_rows` rows drawn with `seed`. UserError if `factory` is not a FAISS factory string
     for this dimension, or the pool has too few rows to train it.
     """
-    faiss = _faiss()
     index = _empty_index(factory, dimension)
     with _threads(1 if any(graph in factory.upper() for graph in _GRAPHS) else threads):
         if not index.is_trained:
             _train(index, factory, blocks(), rows, train_rows, seed)
         for rows_N, vectors_ND in regroup(blocks(), _ADD_ROWS):
             assert rows_N[0] == index.ntotal, "rows out of order"
-            index.add(_units(vectors_ND))
-    assert index.ntotal == rows and index.metric_type == faiss.METRIC_INNER_PRODUCT, (index.ntotal, rows)
+            try:
+                index.add(_units(vectors_ND))
+            except RuntimeError as error:
+                raise UserError(f"FAISS cannot add to {factory} ({_reason(error)})", _FACTORY, _EXAMPLES) from None
+    assert index.ntotal == rows, (index.ntotal, rows)
     return index
+
+
+def check_factory(factory: str) -> None:
+    """UserError if FAISS cannot make this for any usual dimension: to be known before days of embedding."""
+    refusals: list[UserError] = []
+    for dimension in _USUAL_DIMENSIONS:
+        try:
+            _empty_index(factory, dimension)
+            return
+        except UserError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def check_parameters(parameters: str) -> None:
+    """UserError if this cannot be a list such as nprobe=16,efSearch=64; needs no FAISS."""
+    for part in filter(None, parameters.split(",")):
+        name, _, text = part.partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        is_width = name.endswith(("nprobe", "efSearch"))  # also of a coarse quantiser
+        if not name or not math.isfinite(value) or (is_width and (value < 1 or value % 1)):
+            raise UserError(f"{part!r} is not a search parameter: name=number, nprobe and efSearch whole from 1 on",
+                            _PARAMETERS, _PARAMETER_EXAMPLES)
 
 
 def _faiss() -> Any:
@@ -73,16 +107,22 @@ def _threads(number: int | None) -> Iterator[None]:
 
 def _empty_index(factory: str, dimension: int) -> Any:
     faiss = _faiss()
+    if _DEADLY.search(factory):
+        raise UserError(f"{factory!r} has a number that is too small", _FACTORY, _EXAMPLES)
     try:
-        return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise UserError(f"{factory!r} is not an index that FAISS can make for {dimension} dimensions "
-                        f"({_reason(error)})", "index.factory", _EXAMPLES) from None
+                        f"({_reason(error)})", _FACTORY, _EXAMPLES) from None
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:  # some types take no notice of what they are asked for
+        raise UserError(f"FAISS makes {factory!r} for Euclidean distances only", _FACTORY, _EXAMPLES)
+    return index
 
 
 def _reason(error: BaseException) -> str:
     """The last line of a FAISS error, without the name of the C++ function and file."""
-    return str(error).strip().splitlines()[-1].rsplit("Error: ", 1)[-1][:160]
+    last = str(error).strip().splitlines()[-1]
+    return re.sub(r"^Error in .* at \S+:\d+: (Error: )?", "", last)[:160]
 
 
 def _units(vectors_ND: np.ndarray) -> np.ndarray:
@@ -106,7 +146,7 @@ def _train(index: Any, factory: str, blocks: Iterable[tuple[Any, ...]], rows: in
     needed, available = _rows_to_train(index), min(rows, train_rows)
     if available < needed:
         raise UserError(f"{factory} needs at least {needed:,} rows to train, and has {available:,}",
-                        *(("index.factory", "use Flat, a smaller IVF or PQ") if rows < needed
+                        *((_FACTORY, "use Flat, a smaller IVF or PQ") if rows < needed
                           else ("index.train_rows", f"set index.train_rows={needed} or more")))
     chosen = np.zeros(rows, bool)
     chosen[np.random.default_rng(seed).choice(rows, available, replace=False)] = True
@@ -115,7 +155,7 @@ def _train(index: Any, factory: str, blocks: Iterable[tuple[Any, ...]], rows: in
         index.train(_units(np.concatenate(sample)))
     except RuntimeError as error:
         raise UserError(f"{factory} could not be trained on {available:,} rows ({_reason(error)})",
-                        "index.factory", _EXAMPLES) from None
+                        _FACTORY, _EXAMPLES) from None
 
 
 def _rows_to_train(index: Any) -> int:
@@ -151,13 +191,16 @@ def search_index(index: Any, queries_QD: np.ndarray, k: int, id_order_N: np.ndar
     if queries_QD.shape[1] != index.d:
         raise UserError(f"queries have {queries_QD.shape[1]} dimensions, the index has {index.d}", None,
                         "queries and candidates must come from one encoder")
-    if parameters:
-        try:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
-        except RuntimeError as error:
-            raise UserError(f"this index does not take the parameters {parameters!r} ({_reason(error)})",
-                            "retrieve.faiss_parameters", "for example nprobe=16 (IVF) or efSearch=64 (HNSW)") from None
-    scores_QM, rows_QM = index.search(_units(queries_QD), k + _TIES_AT_THE_CUT)
+    check_parameters(parameters or "")
+    units_QD = _units(queries_QD)
+    try:
+        faiss.ParameterSpace().set_index_parameters(index, parameters or "")
+        scores_QM, rows_QM = index.search(units_QD, k + _TIES_AT_THE_CUT)
+    except RuntimeError as error:
+        if not parameters:
+            raise
+        raise UserError(f"this index does not take the parameters {parameters!r} ({_reason(error)})", _PARAMETERS,
+                        _PARAMETER_EXAMPLES) from None
     return ordered_hits(rows_QM, scores_QM, id_order_N, k, examined=0)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.indexes import (Hits, build_index, exact_search, read_index, recall_against_exact, search_index,
                               write_index)
+from pipeline.indexes.approximate import check_factory, check_parameters
 from pipeline.support.errors import UserError
 from tests.indexes.oracle import blocks_of, statistics_of
 
@@ -105,6 +106,30 @@ def test_an_unknown_factory_string_is_refused_with_examples(factory: str) -> Non
         built(factory)
 
 
+@pytest.mark.parametrize("factory", ("IVF0,Flat", "HNSW0", "HNSW1", "RQ0x8", "PQ4x0", "NSG2", "IVF8_HNSW1,Flat"))
+def test_numbers_that_would_end_the_process_are_refused(factory: str) -> None:
+    with pytest.raises(UserError, match="a number that is too small"):
+        built(factory)
+
+
+@pytest.mark.parametrize("factory, reason", (
+    ("HNSW16_PQ4", "for Euclidean distances only"), ("IDMap,Flat", "cannot add to IDMap,Flat [(]add does not make")))
+def test_types_that_cannot_hold_these_vectors_are_refused(factory: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        built(factory)
+
+
+@pytest.mark.parametrize("factory", ("Flat", "IVF1024,Flat", "OPQ64,IVF4096,PQ64", "PQ5", "PQ9x4", "HNSW32", "SQ8"))
+def test_a_factory_string_is_checked_before_the_dimension_is_known(factory: str) -> None:
+    check_factory(factory)
+
+
+@pytest.mark.parametrize("factory", ("HNWS32", "IVF1024", "PQ101", "HNSW16_PQ4", "IVF0,Flat"))
+def test_no_dimension_makes_these_factory_strings(factory: str) -> None:
+    with pytest.raises(UserError, match="for example Flat, IVF1024,Flat"):
+        check_factory(factory)
+
+
 @pytest.mark.parametrize("factory, needed", (
     ("IVF4096,Flat", "4,096"), ("PQ4x12", "4,096"), ("OPQ8,IVF2048,PQ8", "2,048"),
     ("IVF64_HNSW8,PQ4x12", "4,096")))
@@ -118,12 +143,50 @@ def test_too_small_a_sample_names_the_setting() -> None:
         built("PQ8", train_rows=100)
 
 
-def test_mistakes_at_the_search_are_named() -> None:
-    index = built("IVF8,Flat")
-    with pytest.raises(UserError, match="does not take the parameters 'efSerch=3'"):
-        search_index(index, QUERIES_QD, 5, ORDER_N, "efSerch=3")
+@pytest.mark.parametrize("parameters", (
+    "nprobe=0", "nprobe=-1", "nprobe=2.5", "nprobe=nan", "nprobe=inf", "nprobe=", "nprobe", "=3",
+    "nprobe=4,efSearch=0", "quantizer_efSearch=0", "nprobe=4;efSearch=8"))
+def test_search_parameters_that_no_index_takes_are_refused_without_faiss(parameters: str) -> None:
+    with pytest.raises(UserError, match="(?s)is not a search parameter.*retrieve.faiss_parameters.*nprobe=16"):
+        check_parameters(parameters)
+
+
+@pytest.mark.parametrize("parameters", (
+    "", "nprobe=1", "nprobe=16,efSearch=64", "k_factor_rf=1.5,nprobe=4", "max_codes=0"))
+def test_search_parameters_that_some_index_takes_pass(parameters: str) -> None:
+    check_parameters(parameters)
+
+
+@pytest.mark.parametrize("factory, parameters", (
+    ("IVF8,Flat", "efSerch=3"), ("IVF8,Flat", "efSearch=3"), ("HNSW16", "nprobe=3"), ("PQ4x4,RFlat", "k_factor_rf=0.5"),
+    ("PQ4x4", "ht=4")))
+def test_parameters_that_an_index_does_not_take_are_named(factory: str, parameters: str) -> None:
+    with pytest.raises(UserError, match=f"does not take the parameters '{parameters}'"):
+        search_index(built(factory), QUERIES_QD, 5, ORDER_N, parameters)
+
+
+def test_no_search_with_a_bad_width_reaches_faiss() -> None:
+    """FAISS ends the whole process for this one."""
+    with pytest.raises(UserError, match="'nprobe=0' is not a search parameter"):
+        search_index(built("IVF8,PQ16x4fs"), QUERIES_QD, 5, ORDER_N, "nprobe=0")
+
+
+def test_another_dimension_is_named() -> None:
     with pytest.raises(UserError, match="queries have 8 dimensions, the index has 32"):
-        search_index(index, QUERIES_QD[:, :8], 5, ORDER_N)
+        search_index(built("IVF8,Flat"), QUERIES_QD[:, :8], 5, ORDER_N)
+
+
+@pytest.mark.parametrize("factory", ("Flat", "IVF8,Flat", "HNSW16", "PQ16x4", "OPQ4,IVF4,PQ4x4", "SQ8", "PQ4x4,RFlat"))
+def test_an_index_is_mapped_and_not_copied_into_memory(factory: str, tmp_path: Path) -> None:
+    write_index(built(factory), tmp_path / "index.faiss")
+    before = _mappings(tmp_path / "index.faiss")
+    index = read_index(tmp_path / "index.faiss")
+    assert (before, _mappings(tmp_path / "index.faiss")) == (0, 1)
+    assert index.ntotal == ROWS
+
+
+def _mappings(path: Path) -> int:
+    return sum(line.endswith(str(path)) for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
@@ -131,9 +194,11 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_index(path)
     write_index(built("Flat"), path)
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match="cannot be read"):
-        read_index(path)
+    whole = path.read_bytes()
+    for length in (5000, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="cannot be read"):
+            read_index(path)
 
 
 def test_torch_is_imported_before_faiss() -> None:
