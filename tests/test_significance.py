@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from pipeline import significance
 from pipeline.significance import bootstrap_interval
 
 
@@ -74,11 +75,13 @@ def test_a_higher_confidence_gives_a_wider_interval() -> None:
     assert widths == sorted(widths) and widths[0] > 0
 
 
-@pytest.mark.parametrize("num_queries", [1, 2, 1000])
+@pytest.mark.parametrize("num_queries", [1, 2, 170, 1000, 4099])
 def test_equal_values_leave_no_doubt(num_queries: int) -> None:
-    low_M, high_M = bootstrap_interval(np.tile([0.0, 1.0, 0.1], (num_queries, 1)))
-    np.testing.assert_allclose(low_M, [0, 1, 0.1], rtol=1e-12)
-    np.testing.assert_allclose(high_M, [0, 1, 0.1], rtol=1e-12)
+    values_QM = np.tile([0.0, 1.0, 0.1, -1 / 3], (num_queries, 1))
+    low_M, high_M = bootstrap_interval(values_QM)
+    np.testing.assert_allclose(low_M, [0, 1, 0.1, -1 / 3], rtol=1e-12)
+    means = [float(np.mean(np.ascontiguousarray(value_Q))) for value_Q in values_QM.T]
+    assert low_M.tolist() == means == high_M.tolist()  # to the last digit, as they stand side by side
 
 
 def test_no_metrics_give_no_intervals() -> None:
@@ -94,3 +97,30 @@ def test_no_metrics_give_no_intervals() -> None:
 def test_what_has_no_interval_is_refused(values: np.ndarray, options: dict[str, float]) -> None:
     with pytest.raises(ValueError):
         bootstrap_interval(values, **options)  # type: ignore[arg-type]
+
+
+def test_means_are_those_of_one_resample_after_the_other() -> None:
+    values_QM, random = metric_values(257).astype(np.float64), np.random.default_rng(9)
+    drawn = [random.integers(257, size=257, dtype=np.int32) for _ in range(50)]
+    means_BM = significance._resampled_means(values_QM, 50, seed=9)
+    np.testing.assert_allclose(means_BM, [values_QM[row].mean(axis=0) for row in drawn], rtol=1e-12)
+
+
+@pytest.mark.parametrize("drawn_at_once, one_thread", [(1, 1), (300, 1000), (10_000, 1 << 30)])
+def test_neither_blocks_nor_the_order_of_sums_change_a_digit(
+        monkeypatch: pytest.MonkeyPatch, drawn_at_once: int, one_thread: int) -> None:
+    values_QM = metric_values(301)
+    expected = np.array(bootstrap_interval(values_QM, resamples=200, seed=3))
+    monkeypatch.setattr(significance, "_DRAWN_AT_ONCE", drawn_at_once)
+    monkeypatch.setattr(significance, "_ONE_THREAD", one_thread)
+    backwards_QM = np.asfortranarray(values_QM[:, ::-1])
+    assert np.array_equal(bootstrap_interval(values_QM, resamples=200, seed=3), expected)
+    assert np.array_equal(bootstrap_interval(backwards_QM, resamples=200, seed=3), expected[:, ::-1])
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e-9, 1.0, -1.0, 1e9, 1e300])
+def test_the_grid_is_as_fine_as_the_values_are_small(factor: float) -> None:
+    values_QM = metric_values(100).astype(np.float64)
+    low_M, high_M = bootstrap_interval(values_QM)
+    scaled = np.sort(bootstrap_interval(values_QM * factor), axis=0)
+    np.testing.assert_allclose(scaled, np.sort([low_M * factor, high_M * factor], axis=0), rtol=1e-12)

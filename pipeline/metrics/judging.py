@@ -1,102 +1,70 @@
-"""Joins a run with the qrels: how relevant is the candidate at each rank, and how relevant could it be?
+"""Joins a run with the qrels: which hits are relevant, and how much?
 
-Everything is array work: identifiers become integer codes, a (query, candidate) pair becomes one integer,
-and pairs are looked up by binary search, a block of whole queries at a time, so that besides the result
-little more than two integers per hit are held. In exchange a run must be in order (each query once, ranks
-1, 2, 3, ...), which is checked; `order_run` brings a foreign run into that order.
+Every hit is looked at once, as a number that stands for its candidate; blocks of whole queries are searched by as
+many threads as there are processors, so that only a few blocks are held besides the run, whose tables may come one
+at a time. In exchange a run must be in order (each query once, ranks 1, 2, 3, ...), which is checked; `order_run`
+brings a foreign run into that order.
 
-Shapes: Q queries, K ranks (the depth of the run), R relevant candidates of the query that has most, N rows of
-the qrels, J distinct judged pairs, H hits (rows of the run or of a block of it).
+Shapes: Q queries, N rows of the qrels, J relevant candidates of all queries, H hits (rows of a table of the run),
+B hits of a block of it, S queries with hits, F relevant hits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import starmap
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.metrics.order import Order, checked_order, places, positions, starts, strings
+from pipeline.metrics.judged import Judged, Ranked
+from pipeline.metrics.matching import Part, twins
+from pipeline.metrics.numbers import Numbered, exact_numbers, hashes
+from pipeline.metrics.order import is_in_order, positions, refuse_disorder, strings
+from pipeline.metrics.relevance import Relevant, relevant_of
 from pipeline.support.errors import UserError
 
-BLOCK_HITS = 1 << 15  # the hash table of a block's candidates fits in a processor's cache: twice as fast
+BLOCK_HITS = 1 << 17  # smaller ones spend their time on calls, larger ones outside of the processor's caches
+
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A run seen through the qrels; row i belongs to the i-th of the query ids it was judged for.
+class _Found(NamedTuple):
+    """What one table of a run holds: its queries, its depth, the relevant hits and which candidate each of them is."""
 
-    gains_QK    int32: relevance of the candidate at each rank; 0 if not relevant, not judged or not there.
-    relevant_Q  int32: how many candidates are relevant (relevance > 0), whether the run found them or not.
-    ideal_QR    int32: the relevances of those candidates, highest first, padded with zeros.
-    answered_Q  bool: whether the run has any hit for the query.
-    """
-
-    gains_QK: np.ndarray
-    relevant_Q: np.ndarray
-    ideal_QR: np.ndarray
-    answered_Q: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.relevant_Q)
-
-    @property
-    def depth(self) -> int:
-        """K, the depth of the run: the most hits that any query has."""
-        return int(self.gains_QK.shape[1])
-
-    @property
-    def unjudged(self) -> int:
-        """Number of queries without any relevant candidate: every metric is 0, and they stay in the mean."""
-        return int((self.relevant_Q == 0).sum())
-
-    @property
-    def unanswered(self) -> int:
-        """Number of queries for which the run has no hit: every metric is 0, and they stay in the mean."""
-        return int((~self.answered_Q).sum())
-
-    def block(self, first: int, last: int) -> Judged:
-        """Queries `first` to `last` (exclusive), without copying."""
-        rows = slice(first, last)
-        return Judged(self.gains_QK[rows], self.relevant_Q[rows], self.ideal_QR[rows], self.answered_Q[rows])
+    query_S: np.ndarray
+    depth: int
+    rank_F: np.ndarray
+    relevant_F: np.ndarray
 
 
-class _Judgements(NamedTuple):
-    """The distinct judged (query, candidate) pairs, in order of `pair_J`."""
-
-    pair_J: np.ndarray       # int64: query * number of candidates + candidate
-    query_J: np.ndarray      # position in the query ids
-    relevance_J: np.ndarray  # int32, never negative
-    row_J: np.ndarray        # the qrels row that each was taken from
-    candidates: pa.Array     # the distinct candidate ids that codes in `pair_J` refer to
-
-
-def judge(run: pa.Table, qrels: pa.Table, query_ids: pa.Array | pa.ChunkedArray) -> Judged:
+def judge(run: pa.Table | Iterable[pa.Table], qrels: pa.Table, query_ids: pa.Array | pa.ChunkedArray) -> Judged:
     """Relevance of every hit of `run` (query_id, rank, candidate_id; in order, see `order_run`).
 
-    Every one of `query_ids` gets a row: without hits it scores 0 (`Judged.unanswered`), without relevant
-    candidates too (`Judged.unjudged`; M-BEIR does the same, where trec_eval leaves queries without qrels out
-    of its mean). Qrels of other queries are not looked at. A negative relevance counts as 0; a pair that is
-    judged twice keeps its higher relevance. UserError: a hit of an unknown query, a candidate twice under
-    one query, a run out of order.
+    The run may be one table, or several that hold whole queries each and are read one after the other. Every one of
+    `query_ids` gets a row: without hits it scores 0 (`Judged.unanswered`), without relevant candidates too
+    (`Judged.unjudged`; M-BEIR does the same, where trec_eval leaves queries without qrels out of its mean). Qrels of
+    other queries are not looked at. A negative relevance counts as 0; a pair that is judged twice keeps its higher
+    relevance. UserError: a hit of an unknown query, a candidate twice under one query, a run out of order.
     """
-    queries = _distinct_queries(query_ids)
-    judgements = _judgements(qrels, queries)
-    order = checked_order(run, queries)
-    rank_H = run.column("rank").to_numpy()
-    candidate_H = positions(run.column("candidate_id"), judgements.candidates)
-    gains_QK = np.zeros((len(queries), rank_H.max(initial=0)), np.int32)
-    for first, last in _blocks(order):
-        query_H = order.query_H[first:last]
-        hits = strings(run.column("candidate_id").slice(first, last - first))
-        _refuse_duplicates(query_H, hits, queries)
-        gains_QK[query_H, rank_H[first:last] - 1] = _gains(query_H, candidate_H[first:last], judgements)
-    answered_Q = np.zeros(len(queries), bool)
-    answered_Q[order.query_H[order.start_S]] = True
-    ideal_QR = _descending(judgements.query_J, judgements.relevance_J, len(queries))
-    return Judged(gains_QK, _count_positive(ideal_QR), ideal_QR, answered_Q)
+    relevant = relevant_of(qrels, _distinct_queries(query_ids))
+    tables = [run] if isinstance(run, pa.Table) else run
+    founds = [_search(table, relevant) for table in tables]
+    query_S, rank_F, relevant_F = (
+        np.concatenate([np.zeros(0, np.int32), *(getattr(found, name) for found in founds)])
+        for name in ("query_S", "rank_F", "relevant_F"))
+    _refuse_parted(query_S, relevant.queries)
+    query_F = relevant.query_J[relevant_F]
+    if (np.diff(query_F) < 0).any():
+        order_F = np.argsort(query_F, kind="stable")
+        query_F, rank_F, relevant_F = query_F[order_F], rank_F[order_F], relevant_F[order_F]
+    answered_Q = np.zeros(len(relevant.queries), bool)
+    answered_Q[query_S] = True
+    found = Ranked(len(relevant.queries), query_F, rank_F, relevant.relevance_J[relevant_F])
+    return Judged(found, relevant.ranked(), answered_Q, max((found.depth for found in founds), default=0))
 
 
 def best_possible(qrels: pa.Table, reachable: np.ndarray, query_ids: pa.Array | pa.ChunkedArray,
@@ -108,80 +76,89 @@ def best_possible(qrels: pa.Table, reachable: np.ndarray, query_ids: pa.Array | 
     exceeds this one.
     """
     assert reachable.dtype == bool and reachable.shape == (qrels.num_rows,), "one boolean per qrels row"
-    queries = _distinct_queries(query_ids)
-    judgements = _judgements(qrels, queries)
-    ideal_QR = _descending(judgements.query_J, judgements.relevance_J, len(queries))
-    found_J = judgements.relevance_J * reachable[judgements.row_J]
-    gains_QK = _descending(judgements.query_J, found_J, len(queries))
-    if depth is not None:
-        missing = max(0, depth - gains_QK.shape[1])
-        gains_QK = np.pad(gains_QK[:, :depth], ((0, 0), (0, missing)))
-    return Judged(gains_QK, _count_positive(ideal_QR), ideal_QR, np.ones(len(queries), bool))
+    relevant = relevant_of(qrels, _distinct_queries(query_ids))
+    found = relevant.ranked(reachable[relevant.row_J])
+    depth = int(found.rank_F.max(initial=0)) if depth is None else depth
+    return Judged(found.upto(depth), relevant.ranked(), np.ones(len(relevant.queries), bool), depth)
 
 
-def _judgements(qrels: pa.Table, queries: pa.Array) -> _Judgements:
-    query_N = positions(strings(qrels.column("query_id")), queries)
-    candidate_N = strings(qrels.column("candidate_id")).dictionary_encode()
-    relevance_N = np.maximum(qrels.column("relevance").to_numpy(), 0).astype(np.int32)
-    pair_N = query_N.astype(np.int64) * len(candidate_N.dictionary) + candidate_N.indices.to_numpy()
-    row_N = np.lexsort((-relevance_N, pair_N))  # the first row of each pair has its highest relevance
-    row_N = row_N[query_N[row_N] >= 0]
-    row_J = row_N[starts(pair_N[row_N])]
-    return _Judgements(pair_N[row_J], query_N[row_J], relevance_N[row_J], row_J, candidate_N.dictionary)
+def _search(run: pa.Table, relevant: Relevant) -> _Found:
+    """Relevant hits of a table that holds whole queries; UserError if it is out of order."""
+    rank_H, query_ids = run.column("rank").to_numpy(), run.column("query_id")
+    candidates = Numbered(run.column("candidate_id"))
+    start_S = np.flatnonzero(rank_H == 1)
+    edge_S = np.append(start_S, len(rank_H))
+    query_S = positions(query_ids.take(pa.array(start_S)), relevant.queries)
+    if edge_S[0] != 0 or (query_S < 0).any() or np.bincount(query_S).max(initial=0) > 1:
+        refuse_disorder(run, relevant.queries)
+
+    def search(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        edge_B = edge_S[first:last + 1]
+        if not is_in_order(query_ids, rank_H, edge_B):
+            refuse_disorder(run, relevant.queries)
+        return _relevant_hits(candidates, edge_B, query_S[first:last], relevant)
+
+    blocks = in_threads(search, _blocks(start_S, len(rank_H)))
+    hit_F, relevant_F = (np.concatenate([np.zeros(0, np.int64), *(block[side] for block in blocks)]) for side in (0, 1))
+    return _Found(query_S, int(np.diff(edge_S).max(initial=0)), rank_H[hit_F].astype(np.int32), relevant_F)
 
 
-def _blocks(order: Order) -> Iterator[tuple[int, int]]:
-    """Ranges of about BLOCK_HITS hits that never part the hits of one query."""
-    num_hits = len(order.query_H)
-    query_S = np.searchsorted(order.start_S, np.arange(0, num_hits, BLOCK_HITS), side="right") - 1
-    edges = np.unique(np.append(order.start_S[query_S], num_hits)).tolist()
-    return zip(edges, edges[1:])
+def _blocks(start_S: np.ndarray, num_hits: int) -> list[tuple[int, int]]:
+    """Ranges of queries with about BLOCK_HITS hits each."""
+    first_S = np.searchsorted(start_S, np.arange(0, num_hits, BLOCK_HITS), side="right") - 1
+    edges = np.unique(np.append(first_S, len(start_S))).tolist()
+    return list(zip(edges, edges[1:]))
 
 
-def _gains(query_H: np.ndarray, candidate_H: np.ndarray, judgements: _Judgements) -> np.ndarray:
-    """int32 [H]: the relevance of each hit of a block; a candidate is -1 if it is not in the qrels at all."""
-    gains_H = np.zeros(len(query_H), np.int32)
-    if not len(judgements.pair_J):
-        return gains_H
-    known_H = np.flatnonzero(candidate_H >= 0)  # in a large pool these are few: search only for them
-    pair_H = query_H[known_H].astype(np.int64) * len(judgements.candidates) + candidate_H[known_H]
-    found_H = np.searchsorted(judgements.pair_J, pair_H)
-    is_judged_H = judgements.pair_J.take(found_H, mode="clip") == pair_H
-    gains_H[known_H[is_judged_H]] = judgements.relevance_J[found_H[is_judged_H]]
-    return gains_H
+def in_threads(work: Callable[[int, int], Result], ranges: Sequence[tuple[int, int]]) -> list[Result]:
+    """NumPy and Arrow let other threads run while they work on arrays as long as these."""
+    if len(ranges) < 2:
+        return list(starmap(work, ranges))
+    with ThreadPoolExecutor(min(pa.cpu_count(), len(ranges))) as pool:
+        return list(pool.map(work, *zip(*ranges)))
 
 
-def _refuse_duplicates(query_H: np.ndarray, hits: pa.Array, queries: pa.Array) -> None:
-    encoded = hits.dictionary_encode()
-    num_candidates = len(encoded.dictionary)
-    pair_H = query_H.astype(np.int64) * num_candidates + encoded.indices.to_numpy()
-    pair_H.sort()
-    is_repeated_H = pair_H[1:] == pair_H[:-1]
-    if is_repeated_H.any():
-        query, candidate = divmod(int(pair_H[is_repeated_H.argmax()]), num_candidates)
-        raise UserError(f"the run has candidate {encoded.dictionary[candidate]} more than once for one query",
-                        f"query {queries[query]}", "a candidate has one rank per query: remove the others")
+def _relevant_hits(candidates: Numbered, edge_S: np.ndarray, query_S: np.ndarray,
+                   relevant: Relevant) -> tuple[np.ndarray, np.ndarray]:
+    """(hit, position among the relevant candidates) of each relevant hit of a block, in order of the hits.
+
+    Hashes find them and the strings confirm it; where they do not, exact numbers decide. UserError: a candidate
+    twice under one query.
+    """
+    first, num_hits, count_S = int(edge_S[0]), int(edge_S[-1] - edge_S[0]), np.diff(edge_S)
+    wanted_J, wanted_S = relevant.of_queries(query_S)
+    left_T, right_T = twins([Part(candidates.hashes(first, num_hits), count_S),
+                             Part(relevant.hash_J[wanted_J], wanted_S)])
+    is_found_T = (left_T >= 0) & (left_T < num_hits) & (right_T >= num_hits)
+    if not is_found_T.all() or not candidates.strings(first, num_hits, left_T).equals(
+            relevant.candidate_J.take(pa.array(wanted_J[right_T - num_hits]))):
+        ids, wanted = candidates.strings(first, num_hits), relevant.candidate_J.take(pa.array(wanted_J))
+        number_N = exact_numbers(pa.concat_arrays([ids, wanted]))
+        left_T, right_T = twins([Part(number_N[:num_hits], count_S), Part(number_N[num_hits:], wanted_S)])
+        if (right_T < num_hits).any():
+            hit = int(left_T[right_T < num_hits].min())
+            row = int(np.searchsorted(edge_S, first + hit, side="right")) - 1
+            raise UserError(f"the run has candidate {ids[hit]} more than once for one query",
+                            f"query {relevant.queries[int(query_S[row])]}",
+                            "a candidate has one rank per query: remove the others")
+    order_T = np.argsort(left_T)
+    return first + left_T[order_T], wanted_J[right_T[order_T] - num_hits]
 
 
-def _descending(query_J: np.ndarray, relevance_J: np.ndarray, num_queries: int) -> np.ndarray:
-    """int32 [Q, R]: each query's positive relevances, highest first, padded with zeros."""
-    order = np.lexsort((-relevance_J, query_J))
-    order = order[relevance_J[order] > 0]
-    query, relevance = query_J[order], relevance_J[order]
-    place = places(starts(query), len(query))
-    dense_QR = np.zeros((num_queries, place.max(initial=-1) + 1), np.int32)
-    dense_QR[query, place] = relevance
-    return dense_QR
-
-
-def _count_positive(gains_QK: np.ndarray) -> np.ndarray:
-    return np.asarray(np.count_nonzero(gains_QK, axis=1), np.int32)
+def _refuse_parted(query_S: np.ndarray, queries: pa.Array) -> None:
+    """Each table was in order; a query with hits in two of them is not."""
+    is_parted_Q = np.bincount(query_S, minlength=len(queries)) > 1
+    if is_parted_Q.any():
+        raise UserError("the run is not in order: each query's hits must stand together, ranked 1, 2, 3, ...",
+                        f"query {queries[int(is_parted_Q.argmax())]}", "order it by score first")
 
 
 def _distinct_queries(query_ids: pa.Array | pa.ChunkedArray) -> pa.Array:
     queries = strings(query_ids)
-    repeated = np.flatnonzero(positions(queries, queries) != np.arange(len(queries)))
-    if len(repeated):
-        raise UserError(f"query {queries[int(repeated[0])]} appears more than once among the queries",
-                        do="query ids must be unique within a task")
+    hash_Q = np.sort(hashes(queries))
+    if (hash_Q[1:] == hash_Q[:-1]).any():  # as those of equal ids are
+        repeated = np.flatnonzero(pc.index_in(queries, value_set=queries).to_numpy() != np.arange(len(queries)))
+        if len(repeated):
+            raise UserError(f"query {queries[int(repeated[0])]} appears more than once among the queries",
+                            do="query ids must be unique within a task")
     return queries

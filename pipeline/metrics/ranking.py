@@ -1,12 +1,12 @@
 """Ranking metrics: one value per query, from the relevance found at each rank.
 
 Each public function of (judged, k) is a metric; its name is the metric's name in configurations, tables and
-files, and a new one needs nothing but to be written here. Definitions are those of trec_eval, and a value is
-exact to the last few digits of float64. A query without relevant candidates or without hits scores 0 and
-stays in the mean.
+files, and a new one needs nothing but to be written here. Definitions are those of trec_eval, sums are added in
+its order, and a value is exact to the last few digits of float64. A query without relevant candidates or without
+hits scores 0 and stays in the mean.
 
-Shapes: Q queries, K ranks, R relevant candidates of the query that has most. k cuts the run; None is its
-whole depth.
+Shapes: Q queries, F relevant candidates at their ranks (in the run, or at best). k cuts the run; None is its whole
+depth.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.metrics.judging import Judged, best_possible, judge
+from pipeline.metrics.judged import Judged
+from pipeline.metrics.judging import best_possible, in_threads, judge
 from pipeline.metrics.order import order_run
 from pipeline.support.errors import UserError, nearest
 
 __all__ = ["Judged", "Metric", "best_possible", "evaluate", "judge", "known_metrics", "order_run",
            "hit", "recall", "precision", "mrr", "map", "ndcg"]
 
-BLOCK_QUERIES = 1 << 14
+BLOCK_QUERIES = 1 << 15
 _ALIASES = {"success": "hit", "r": "recall", "p": "precision", "rr": "mrr", "recip_rank": "mrr", "ap": "map"}
 _SPELLING = re.compile(r"([a-z_]+)(?:@([1-9][0-9]{0,8}))?", re.IGNORECASE)
 
@@ -36,7 +37,7 @@ def hit(judged: Judged, k: int | None = None) -> np.ndarray:
 
     Also called success (trec_eval: success_k); UniIR and M-BEIR print this as "Recall@k".
     """
-    return np.asarray(_is_relevant(judged, k).any(axis=1), np.float64)
+    return np.asarray(judged.found.count(k) > 0, np.float64)
 
 
 def recall(judged: Judged, k: int | None = None) -> np.ndarray:
@@ -44,13 +45,12 @@ def recall(judged: Judged, k: int | None = None) -> np.ndarray:
 
     Not what M-BEIR calls "Recall@k", which is `hit`; the two agree where a query has one relevant candidate.
     """
-    return _ratio(_is_relevant(judged, k).sum(axis=1), judged.relevant_Q)
+    return _ratio(judged.found.count(k), judged.relevant_Q)
 
 
 def precision(judged: Judged, k: int | None = None) -> np.ndarray:
     """Relevant candidates among the first k, over k, even where fewer were retrieved. trec_eval: P_k."""
-    depth = judged.depth if k is None else k
-    return np.asarray(_is_relevant(judged, k).sum(axis=1) / max(depth, 1))
+    return judged.found.count(k) / max(judged.depth if k is None else k, 1)
 
 
 def mrr(judged: Judged, k: int | None = None) -> np.ndarray:
@@ -59,10 +59,7 @@ def mrr(judged: Judged, k: int | None = None) -> np.ndarray:
     Reciprocal rank, trec_eval: recip_rank (which has no cut); its mean over queries is the mean reciprocal
     rank.
     """
-    is_relevant_QK = _is_relevant(judged, k)
-    if not is_relevant_QK.shape[1]:
-        return np.zeros(len(judged))
-    return np.asarray(is_relevant_QK.any(axis=1) / (is_relevant_QK.argmax(axis=1) + 1))
+    return judged.found.sum((judged.found.place_F == 0) / judged.found.rank_F, k)
 
 
 def map(judged: Judged, k: int | None = None) -> np.ndarray:
@@ -72,10 +69,7 @@ def map(judged: Judged, k: int | None = None) -> np.ndarray:
     Libraries that divide by min(k, relevant) or by the relevant candidates that were found give higher
     values.
     """
-    is_relevant_QK = _is_relevant(judged, k)
-    rank_K = np.arange(1, is_relevant_QK.shape[1] + 1)
-    precision_QK = np.cumsum(is_relevant_QK, axis=1, dtype=np.int32) / rank_K
-    return _ratio((precision_QK * is_relevant_QK).sum(axis=1), judged.relevant_Q)
+    return _ratio(judged.found.sum((judged.found.place_F + 1) / judged.found.rank_F, k), judged.relevant_Q)
 
 
 def ndcg(judged: Judged, k: int | None = None) -> np.ndarray:
@@ -85,7 +79,7 @@ def ndcg(judged: Judged, k: int | None = None) -> np.ndarray:
     ndcg_cut_k, and ndcg without k, whose ideal counts all relevant candidates, also those beyond the run's
     depth. With a gain of 2^relevance - 1, as some libraries have it, graded judgements give other values.
     """
-    return _ratio(_discounted(judged.gains_QK[:, :k]), _discounted(judged.ideal_QR[:, :k]))
+    return _ratio(judged.found.sum(judged.found.discounted_F, k), judged.ideal.sum(judged.ideal.discounted_F, k))
 
 
 @dataclass(frozen=True)
@@ -126,26 +120,19 @@ def known_metrics() -> dict[str, Callable[[Judged, int | None], np.ndarray]]:
 
 def evaluate(judged: Judged, metrics: Sequence[Metric]) -> dict[str, np.ndarray]:
     """float64 [Q] for each metric under its printed name; in blocks of queries, to hold little besides."""
+    known = known_metrics()
     values = {str(metric): np.zeros(len(judged)) for metric in metrics}
-    for first in range(0, len(judged), BLOCK_QUERIES):
-        block = judged.block(first, first + BLOCK_QUERIES)
+
+    def write(first: int, last: int) -> None:
+        block = judged.block(first, last)
         for metric in metrics:
-            values[str(metric)][first:first + BLOCK_QUERIES] = metric(block)
+            values[str(metric)][first:last] = known[metric.name](block, metric.k)
+
+    edges = [*range(0, len(judged), BLOCK_QUERIES), len(judged)]
+    in_threads(write, list(zip(edges, edges[1:])))
     return values
 
 
-def _is_relevant(judged: Judged, k: int | None) -> np.ndarray:
-    return judged.gains_QK[:, :k] > 0
-
-
-def _discounted(gains_QK: np.ndarray) -> np.ndarray:
-    """float64 [Q]: discounted cumulative gain; added in order of rank: an ideal run has exactly 1."""
-    query, place = np.nonzero(gains_QK)
-    return np.bincount(query, gains_QK[query, place] / np.log2(place + 2), minlength=len(gains_QK))
-
-
 def _ratio(part_Q: np.ndarray, whole_Q: np.ndarray) -> np.ndarray:
-    """float64 [Q]: part / whole, 0 where there is no whole."""
-    values_Q = np.zeros(len(whole_Q))
-    np.divide(part_Q, whole_Q, out=values_Q, where=whole_Q > 0)
-    return values_Q
+    """float64 [Q]: part / whole; a whole that is not 0 is at least 1 (a candidate, or a gain of 1 at rank 1)."""
+    return part_Q / np.maximum(whole_Q, 1)

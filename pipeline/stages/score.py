@@ -1,13 +1,18 @@
 """score: a run and the qrels -> values per query, their means with intervals, and what went wrong at rank 1.
 
-Scoring never looks at an embedding, so it can be repeated at will, and it is always over all queries of the task.
+Scoring never looks at an embedding, so it can be repeated at will, and it is always over all queries of the task. A
+run is read shard by shard; of a pool, ids and modalities are held while the jobs that search it are scored.
+
+Shapes: N candidates of the pools, D distinct candidates at rank 1.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -17,13 +22,14 @@ import pyarrow.compute as pc
 from pipeline import artifacts
 from pipeline.artifacts import Artifact
 from pipeline.embeddings import read_table, write_table
+from pipeline.metrics.order import strings
 from pipeline.metrics.ranking import Metric, evaluate, judge
 from pipeline.significance import bootstrap_interval
 from pipeline.support.errors import UserError
 from pipeline.support.progress import Landed
 from pipeline.tables import per_query_schema
 
-VERSION = 1
+VERSION = 2
 SCORES = "scores.json"
 PER_QUERY = "per_query.parquet"
 
@@ -56,14 +62,20 @@ def units(job: Job) -> list[str]:
 
 
 def make(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
-    for job, unit in work:
-        if job.artifact.path(unit).exists():
-            continue
-        query_ids = tables_of(job.task, ["query_id"])["query_id"]
-        scores, per_query = _score(job, query_ids)
-        write_table(job.artifact.path(PER_QUERY), per_query, job.artifact.fingerprint, compression="zstd")
-        artifacts.write_json(job.artifact.path(unit), scores)
-        yield Landed(job.artifact.name, unit, len(query_ids))
+    for _, group in groupby(sorted(work, key=_pools_of), key=_pools_of):
+        pairs = list(group)
+        pools = _Pools(pairs[0][0].pools)
+        for job, unit in pairs:
+            if not job.artifact.path(unit).exists():
+                query_ids = tables_of(job.task, ["query_id"])["query_id"]
+                scores, per_query = _score(job, query_ids, pools)
+                write_table(job.artifact.path(PER_QUERY), per_query, job.artifact.fingerprint, compression="zstd")
+                artifacts.write_json(job.artifact.path(unit), scores)
+                yield Landed(job.artifact.name, unit, len(query_ids))
+
+
+def _pools_of(pair: tuple[Job, str]) -> str:
+    return " ".join(pool.label for pool in pair[0].pools)
 
 
 def facts(job: Job, runtime: Runtime) -> dict[str, Any]:
@@ -76,23 +88,36 @@ def tables_of(artifact: Artifact, columns: Sequence[str] | None = None) -> pa.Ta
     return pa.concat_tables([read_table(artifact.path(file), artifact.fingerprint, columns) for file in files])
 
 
+def run_tables(artifact: Artifact, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The shards of a run one after the other; each holds whole queries."""
+    for entry in artifact.manifest()["files"]:
+        if entry["file"].startswith("run-"):
+            yield read_table(artifact.path(entry["file"]), artifact.fingerprint, columns)
+
+
 def run_table(artifact: Artifact) -> pa.Table:
     """All shards of a run."""
-    files = [entry["file"] for entry in artifact.manifest()["files"] if entry["file"].startswith("run-")]
-    return pa.concat_tables([read_table(artifact.path(file), artifact.fingerprint) for file in files])
+    return pa.concat_tables(run_tables(artifact))
 
 
-def _score(job: Job, query_ids: pa.ChunkedArray) -> tuple[dict[str, Any], pa.Table]:
-    run = run_table(job.run)
+def _score(job: Job, query_ids: pa.ChunkedArray, pools: _Pools) -> tuple[dict[str, Any], pa.Table]:
+    run = run_tables(job.run, ["query_id", "rank", "candidate_id"])
     qrels = read_table(job.task.path("qrels.parquet"), job.task.fingerprint)
-    qrels = qrels.filter(pc.is_in(qrels["query_id"], value_set=query_ids))  # the audit has counted the others
-    judged = judge(run, qrels, query_ids)
+    first: list[pa.Array] = []
+    judged = judge(_noting_first(run, first), qrels, query_ids)
     values = evaluate(judged, [Metric.parse(name) for name in job.artifact.params.metrics])
     scores = {"queries": len(query_ids), "headline": str(Metric.parse(job.artifact.params.headline)),
               "metrics": _means(values, job.artifact.params), "queries_without_relevant": judged.unjudged,
-              "queries_without_hits": judged.unanswered, "wrong_modality_at_1": _wrong_modality(job, run)}
+              "queries_without_hits": judged.unanswered, "wrong_modality_at_1": _wrong_modality(job, first, pools)}
     columns = [pa.array(values[name].astype(np.float32)) for name in values]
     return scores, pa.Table.from_arrays([query_ids.combine_chunks(), *columns], schema=per_query_schema(values))
+
+
+def _noting_first(run: Iterable[pa.Table], first: list[pa.Array]) -> Iterator[pa.Table]:
+    """The tables as they come; the candidates at rank 1 are appended to `first`."""
+    for table in run:
+        first.append(strings(table["candidate_id"].filter(pc.equal(table["rank"], 1))))
+        yield table
 
 
 def _means(values: dict[str, np.ndarray], params: Params) -> dict[str, dict[str, float]]:
@@ -102,16 +127,40 @@ def _means(values: dict[str, np.ndarray], params: Params) -> dict[str, dict[str,
             for name, low, high in zip(values, low_M, high_M)}
 
 
-def _wrong_modality(job: Job, run: pa.Table) -> float | None:
+def _wrong_modality(job: Job, first: Sequence[pa.Array], pools: _Pools) -> float | None:
     """Share of the rank-1 candidates whose modality is not the one the task seeks; None if any will do."""
     sought = job.task.manifest()["candidate_modality"]
-    first = run.filter(pc.equal(run["rank"], 1))["candidate_id"]
-    if sought is None or not len(first):
+    encoded = pa.chunked_array(first, pa.string()).combine_chunks().dictionary_encode()
+    if sought is None or not len(encoded):
         return None
-    pools = pa.concat_tables([tables_of(pool, ["candidate_id", "modality"]) for pool in job.pools]).unify_dictionaries()
-    rows = pc.index_in(first, value_set=pools["candidate_id"])
-    if rows.null_count:
-        raise UserError(f"{rows.null_count} retrieved candidates are in none of the pools of this run", job.run.label,
-                        "the pools were collected anew: run `retrieve` again")
-    wrong = pc.not_equal(pools["modality"].take(rows).cast(pa.string()), sought)
-    return float(np.mean(wrong.to_numpy(zero_copy_only=False)))
+    is_known_D, is_wrong_D = pools.modality_differs(encoded.dictionary, sought)
+    distinct = encoded.indices.to_numpy()
+    if not is_known_D.all():
+        raise UserError(f"{(~is_known_D)[distinct].sum()} retrieved candidates are in none of the pools of this run",
+                        job.run.label, "the pools were collected anew: run `retrieve` again")
+    return float(np.mean(is_wrong_D[distinct]))
+
+
+class _Pools:
+    """Ids and modalities of all candidates of some pools, read when they are first asked for."""
+
+    def __init__(self, pools: Sequence[Artifact]):
+        self.pools = pools
+
+    @cached_property
+    def candidates(self) -> pa.Table:
+        return pa.concat_tables(tables_of(pool, ["candidate_id", "modality"]) for pool in self.pools)
+
+    def modality_differs(self, candidate_D: pa.Array, sought: str) -> tuple[np.ndarray, np.ndarray]:
+        """(whether each candidate is in the pools, whether its modality is another than `sought`), bool [D] both.
+
+        The pools are looked up among the candidates, of which there are fewer, and not the other way round.
+        """
+        place_N = pc.index_in(self.candidates["candidate_id"], value_set=candidate_D)
+        is_asked_N = pc.is_valid(place_N)
+        modality = self.candidates["modality"].filter(is_asked_N).cast(pa.string())
+        place = place_N.filter(is_asked_N).to_numpy()
+        is_known_D, is_wrong_D = np.zeros((2, len(candidate_D)), bool)
+        is_known_D[place] = True
+        is_wrong_D[place] = pc.not_equal(modality, sought).to_numpy()
+        return is_known_D, is_wrong_D

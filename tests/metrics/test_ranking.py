@@ -152,7 +152,7 @@ def test_agrees_with_pytrec_eval_on_graded_qrels_and_ties(seed: int) -> None:
     reference = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(scores)
     for trec, metric in metrics.items():
         expected = [reference[query][trec] for query in queries]
-        np.testing.assert_allclose(values[str(metric)], expected, rtol=1e-9, atol=1e-12, err_msg=trec)
+        np.testing.assert_allclose(values[str(metric)], expected, rtol=1e-15, atol=0, err_msg=trec)
 
 
 def score_table(scores: dict[str, dict[str, float]]) -> pa.Table:

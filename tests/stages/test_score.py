@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import pytrec_eval
 
@@ -13,6 +15,7 @@ from pipeline.config import Experiment, load
 from pipeline.embeddings import read_table
 from pipeline.plan import Scored, make_plan
 from pipeline.stages import score
+from pipeline.support.errors import UserError
 from pipeline.workers import run_stage
 from tests.small_mbeir import SmallMbeir
 
@@ -85,3 +88,31 @@ def test_a_query_without_qrels_is_counted_and_scores_zero(tmp_path: Path) -> Non
     scores = make_plan(experiment).scored[0].job.artifact.manifest()["scores"]
     assert scores["queries"] == 4 and scores["queries_without_relevant"] == 1
     assert scores["metrics"]["hit@2"]["mean"] <= 0.75
+
+
+def test_the_order_of_work_changes_nothing_and_what_is_there_stays(
+        quick_run: Experiment, cell: Callable[[str, str], Scored]) -> None:
+    jobs = [cell(task, pool).job for pool in ("union", "local") for task in ("quiz_task8", "digits_task4")]
+    before = [job.artifact.path(file).read_bytes() for job in jobs for file in (score.SCORES, score.PER_QUERY)]
+    jobs[1].artifact.path(score.SCORES).unlink()
+    landed = list(score.make([(job, score.SCORES) for job in jobs], score.Runtime()))
+    assert [done.name for done in landed] == [jobs[1].artifact.name]
+    assert before == [job.artifact.path(file).read_bytes() for job in jobs for file in (score.SCORES, score.PER_QUERY)]
+
+
+def test_a_run_is_the_same_in_parts_and_as_a_whole(cell: Callable[[str, str], Scored]) -> None:
+    run = cell("quiz_task8", "union").job.run
+    parts = list(score.run_tables(run, ["query_id", "rank", "candidate_id"]))
+    assert pa.concat_tables(parts).equals(score.run_table(run).select(["query_id", "rank", "candidate_id"]))
+
+
+def test_first_candidates_that_the_pools_lack_are_refused_with_their_number(cell: Callable[[str, str], Scored]) -> None:
+    """A run over other pools than those that are looked up; scenes and streets have no candidate in common."""
+    job, other = cell("scenes_task0", "local").job, cell("streets_task0", "local").job
+    first = [table["candidate_id"].filter(pc.equal(table["rank"], 1)).combine_chunks()
+             for table in score.run_tables(job.run)]
+    count = sum(map(len, first))
+    with pytest.raises(UserError, match=f"^{count} retrieved candidates are in none of the pools"):
+        score._wrong_modality(job, first, score._Pools(other.pools))
+    assert score._wrong_modality(job, first, score._Pools([*other.pools, *job.pools])) == 0
+    assert score._wrong_modality(job, [], score._Pools([])) is None
