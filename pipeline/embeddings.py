@@ -75,10 +75,16 @@ def write_table(path: Path, table: pa.Table, fingerprint: str, **options: Any) -
         pq.write_table(marked, temporary, write_page_checksum=True, **options)
 
 
-def read_table(path: Path, fingerprint: str | None, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a table; UserError if the file is damaged or belongs to another artifact than `fingerprint`."""
+def read_table(path: Path, fingerprint: str | None, columns: Sequence[str] | None = None,
+               coded: Sequence[str] = ()) -> pa.Table:
+    """Read a table; UserError if the file is damaged or belongs to another artifact than `fingerprint`.
+
+    Columns of strings named in `coded` come as dictionaries where the file holds them so, which is read faster.
+    """
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        metadata = pq.read_metadata(path)
+        dictionaries = [name for name in coded if _is_coded(metadata, name)]
+        file = pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True, read_dictionary=dictionaries)
         _check_owner(path, file.metadata.metadata or {}, fingerprint)
         return file.read(columns=list(columns) if columns else None)
     except FileNotFoundError:
@@ -87,6 +93,13 @@ def read_table(path: Path, fingerprint: str | None, columns: Sequence[str] | Non
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"this file is damaged ({str(error).splitlines()[0][:120]})", str(path),
                         f"make it again: rm {path} {path.parent}/manifest.json, then the same command") from error
+
+
+def _is_coded(metadata: pq.FileMetaData, name: str) -> bool:
+    """Plain strings take four bytes each for their lengths alone; they follow a dictionary that grew too long."""
+    column = metadata.schema.names.index(name)
+    chunks = [metadata.row_group(group).column(column) for group in range(metadata.num_row_groups)]
+    return all(chunk.total_uncompressed_size < 4 * chunk.num_values for chunk in chunks)
 
 
 def _check_owner(path: Path, metadata: dict[bytes, bytes], fingerprint: str | None) -> None:

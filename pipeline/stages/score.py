@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
@@ -25,9 +25,10 @@ from pipeline.embeddings import read_table, write_table
 from pipeline.metrics.order import strings
 from pipeline.metrics.ranking import Metric, evaluate, judge
 from pipeline.significance import bootstrap_interval
+from pipeline.support.ahead import made_ahead
 from pipeline.support.errors import UserError
 from pipeline.support.progress import Landed
-from pipeline.tables import per_query_schema
+from pipeline.tables import RUN, per_query_schema
 
 VERSION = 2
 SCORES = "scores.json"
@@ -89,15 +90,15 @@ def tables_of(artifact: Artifact, columns: Sequence[str] | None = None) -> pa.Ta
 
 
 def run_tables(artifact: Artifact, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The shards of a run one after the other; each holds whole queries."""
-    for entry in artifact.manifest()["files"]:
-        if entry["file"].startswith("run-"):
-            yield read_table(artifact.path(entry["file"]), artifact.fingerprint, columns)
+    """The shards of a run one after the other, read ahead; each holds whole queries. Ids may come as dictionaries."""
+    files = [entry["file"] for entry in artifact.manifest()["files"] if entry["file"].startswith("run-")]
+    yield from made_ahead(partial(read_table, artifact.path(file), artifact.fingerprint, columns,
+                                  coded=["query_id", "candidate_id"]) for file in files)
 
 
 def run_table(artifact: Artifact) -> pa.Table:
-    """All shards of a run."""
-    return pa.concat_tables(run_tables(artifact))
+    """All shards of a run, its ids as plain strings."""
+    return pa.concat_tables(table.cast(RUN) for table in run_tables(artifact))
 
 
 def _score(job: Job, query_ids: pa.ChunkedArray, pools: _Pools) -> tuple[dict[str, Any], pa.Table]:
