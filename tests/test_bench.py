@@ -154,11 +154,11 @@ def test_search_compares_every_way_with_the_exact_order(data: str, capsys: pytes
                  f"data={data}", "baselines=[flat,knn,matrix,blocks,half,heaps]", "peak=false",
                  f"faiss={str(data == 'clip').lower()}", 'factories=["IVF{lists},Flat", "HNSW8", "SQ8"]'])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert code == 0 and {row["sample_right"] for row in rows if "sample_right" in row} == {"20 of 20"}
-    exact = [row for row in rows if "sample_right" in row and "float16" not in row["baseline_name"]]
+    assert code == 0 and {row["equal"] for row in rows if "sample" in row} == {True}
+    exact = [row for row in rows if "sample" in row and "float16" not in row["baseline_name"]]
     assert len(exact) == 5
     if data == "clip":  # no ties, and hardly a near tie
-        assert all(row["equal"] > 0.9 and row["same_sets"] > 0.9 for row in exact)
+        assert all(row["baseline_equal"] > 0.9 and row["baseline_same_sets"] > 0.9 for row in exact)
     found = {row["baseline_name"]: row["recall@5"] for row in rows if "recall@5" in row}
     assert len(found) == (3 + 3 + 1 if data == "clip" else 0)
     assert found.get("FAISS IVF32,Flat, mapped from a file, nprobe=16", 1) > 0.8

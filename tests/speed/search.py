@@ -1,9 +1,9 @@
 """Exact search beside what others search with, over the same float16 vectors.
 
 Ours streams them from a file (in the page cache); the others hold float32 unit vectors ready in memory, which is
-their best case. Each is timed by turns with ours. `equal` is the share of queries whose ids are those of the exact
-order (float64 cosines, ties by id), which for ours is checked against brute force on a sample (`sample_right`);
-`same_sets` takes no notice of the order. Peaks of memory are those of processes that do nothing else: one that only
+their best case. Each is timed by turns with ours. `equal` says whether our ids are those of the exact order (float64
+cosines, ties by id), checked against brute force on `sample` queries; `baseline_equal` is the share of all queries for
+which the baseline's are ours too, and `baseline_same_sets` takes no notice of the order. Peaks of memory are those of processes that do nothing else: one that only
 imports the libraries has `imports_gb`. With faiss=true, approximate indexes follow: how fast, and how much they find.
 
 Shapes: N rows, Q queries, K hits, D dimensions.
@@ -105,7 +105,8 @@ class _Comparison:
         pool = self.case.pool
         truth_QK = brute_force(pool, queries_QD[sample], indexes.id_order(pool.ids), self.options.k)
         right = int((self.exact_QK[sample] == truth_QK).all(axis=1).sum())
-        return {"sample_right": f"{right} of {len(sample)}"}
+        self.is_exact = right == len(sample)
+        return {"sample": len(sample)}
 
     def _peak(self, flow: str) -> float:
         return round(alone("-c", _ALONE, self.folder, flow).peak_gb, 2)
@@ -124,11 +125,12 @@ class _Comparison:
 
     def _row(self, title: str, search: Callable[[], Any], rows_QK: np.ndarray, facts: dict[str, Any]) -> Row:
         seconds = by_turns({"ours": self.ours, "baseline": search}, self.options.repetitions)
-        equal, same_sets = alike(rows_QK, self.exact_QK)
+        order, same_sets = alike(rows_QK, self.exact_QK)
         work = 2e-9 * self.options.rows * self.options.queries * self.options.dimension
-        facts = {"gflops": digits(work / float(np.median(seconds["ours"]))), "same_sets": same_sets, **facts}
+        facts = {"gflops": digits(work / float(np.median(seconds["ours"]))), "baseline_equal": order,
+                 "baseline_same_sets": same_sets, **facts}
         return Row.of("search", self.work, self.options.queries, "queries/s", seconds["ours"], seconds["baseline"],
-                      title, equal, **facts)
+                      title, self.is_exact, **facts)
 
     def with_index(self, pattern: str) -> Iterator[Row]:
         """One approximate index, searched with several widths; where `ratio` is below 1, the exact search is slower."""
