@@ -3,8 +3,9 @@
 Ours streams them from a file (in the page cache); the others hold float32 unit vectors ready in memory, which is
 their best case. Each is timed by turns with ours. `equal` says whether our ids are those of the exact order (float64
 cosines, ties by id), checked against brute force on `sample` queries; `baseline_equal` is the share of all queries for
-which the baseline's are ours too, and `baseline_same_sets` takes no notice of the order. Peaks of memory are those of processes that do nothing else: one that only
-imports the libraries has `imports_gb`. With faiss=true, approximate indexes follow: how fast, and how much they find.
+which the baseline's are ours too, and `baseline_same_sets` takes no notice of the order. Peaks of memory are those of
+processes that do nothing else: one that only imports the libraries has `imports_gb`. With faiss=true, approximate
+indexes follow: how fast, and how much they find.
 
 Shapes: N rows, Q queries, K hits, D dimensions.
 """
