@@ -97,7 +97,7 @@ class ImageStore:
 
     def open(self, reference: str) -> Image:
         """The image in mode RGB, fully loaded. Flaw if missing, broken, truncated or beyond MAX_PIXELS."""
-        return _decode(self.read(reference), reference)
+        return decode(self.read(reference), reference)
 
     def _below_root(self, path: str) -> str:
         return os.path.join(self._root, os.path.expanduser(path))
@@ -187,12 +187,19 @@ def _absence_is_a_flaw(reference: str) -> Iterator[None]:
         raise Flaw("missing_image", f"{reference}: {error.strerror}") from None
 
 
-def _decode(data: bytes, reference: str) -> Image:
+def decode(data: bytes, reference: str, at_least: tuple[int, int] | None = None) -> Image:
+    """What `ImageStore.open` promises, of bytes that were read.
+
+    `at_least` (height, width): a JPEG may come smaller by 2, 4 or 8, but not below this. Its decoder then does the
+    first half of the scaling: faster, and other pixels.
+    """
     pillow, formats = _pillow()
     try:
         with pillow.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Flaw("oversized_image", f"{reference}: {image.width} x {image.height} pixels")
+            if at_least is not None:
+                image.draft(None, at_least[::-1])
             return _to_rgb(image)
     except (Flaw, MemoryError):
         raise
@@ -211,14 +218,14 @@ def _to_rgb(image: Image) -> Image:
         import numpy as np
         from PIL import Image as pillow
         return pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # without a copy, where nothing is to convert
 
 
 def _pillow() -> tuple[Any, list[str]]:
     """PIL.Image, and those of our formats that it was built with.
 
     Its switches belong to the process and others turn them, so they are set for each image: our bound on
-    pixels (checked by `_decode`, so no warning), and no grey filled in for what is cut off.
+    pixels (checked by `decode`, so no warning), and no grey filled in for what is cut off.
     """
     from PIL import Image, ImageFile
     Image.init()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
 from pipeline import indexes
+from pipeline import loading
 from pipeline.stages import collect, embed, index, retrieve
 from pipeline.support.errors import UserError, nearest
 from pipeline.training import settings as training
@@ -50,12 +51,16 @@ class EmbedSettings(embed.Runtime):
     precision: str
     storage: str
     instruction: str
+    decoding: str
 
     def __post_init__(self) -> None:
         _one_of("embed.precision", self.precision, embed.PRECISIONS)
         _one_of("embed.storage", self.storage, embed.STORAGES)
         _one_of("embed.instruction", self.instruction, embed.RULES)
-        _at_least("embed.batch_size", self.batch_size, 1)
+        _one_of("embed.decoding", self.decoding, loading.DECODINGS)
+        _one_of("embed.share", self.share, loading.SHARING)
+        if isinstance(self.batch_size, int):
+            _at_least("embed.batch_size", self.batch_size, 1)
         _at_least("embed.loaders", self.loaders, -1)
         _at_least("embed.max_flawed", self.max_flawed, 0)
 
@@ -70,6 +75,7 @@ class RetrieveSettings(retrieve.Params, retrieve.Runtime):
     def __post_init__(self) -> None:
         _one_of("retrieve.coarse", self.coarse, indexes.COARSE)
         _one_of("retrieve.kernel", self.kernel, indexes.KERNELS)
+        indexes.check_parameters(self.faiss_parameters)
         _at_least("retrieve.depth", self.depth, 1)
         _at_least("retrieve.queries_per_pass", self.queries_per_pass, 1)
         _more_than("retrieve.memory_gb", self.memory_gb, 0)

@@ -321,3 +321,22 @@ def test_a_file_too_large_to_be_an_image_is_not_read(store: ImageStore, root: Pa
 def test_planning_does_not_import_pillow() -> None:
     program = "import sys, pipeline.images; assert 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("size, at_least, expected", [
+    ((640, 480), (224, 224), (320, 240)), ((640, 480), (60, 60), (80, 60)), ((640, 480), (61, 61), (160, 120)),
+    ((480, 640), (100, 300), (480, 640)), ((641, 483), (100, 100), (161, 121)), ((100, 90), (224, 224), (100, 90))])
+def test_a_draft_is_smaller_but_not_too_small(size: tuple[int, int], at_least: tuple[int, int],
+                                              expected: tuple[int, int]) -> None:
+    found = images.decode(encoded(Image.new("RGB", size, RED), "JPEG"), "red.jpg", at_least)
+    assert found.size == expected and found.mode == "RGB"
+    assert np.abs(np.asarray(found).astype(int) - RED).max() < 10
+    whole = images.decode(encoded(Image.new("RGB", size, RED)), "red.png", at_least)
+    assert whole.size == size, "only JPEG is scaled while it is decoded"
+
+
+def test_an_image_outlives_what_it_was_read_from(root: Path) -> None:
+    """Of an RGB file no copy is made: it must be loaded, and its file closed."""
+    found = images.decode(png(), "red.png")
+    assert found.getpixel((0, 0)) == RED and getattr(found, "fp", None) is None
+    assert found.resize((4, 4)).crop((0, 0, 2, 2)).getpixel((1, 1)) == RED

@@ -35,7 +35,15 @@ class Item:
 
 
 class Encoder(Protocol):
-    """Items in, one vector per item out, one space for all modalities."""
+    """Items in, one vector per item out, one space for all modalities.
+
+    What one may have beside, each for an option of `embed` that asks for it:
+
+        image_size: tuple[int, int]    decoding=draft: height and width below which an image must not be scaled
+        compile() -> None              compile=true: let torch compile the model; vectors differ by rounding only
+
+    Memory that does not suffice is no mistake: where `encode` raises torch.OutOfMemoryError, it is called with less.
+    """
 
     dimension: int
     modalities: frozenset[str]

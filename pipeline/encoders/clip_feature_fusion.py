@@ -15,12 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.encoders import Item
-from pipeline.encoders.clip_towers import ClipEncoder, Prepared, new_model, text_positions
+from pipeline.encoders.clip_texts import text_positions
+from pipeline.encoders.clip_towers import ClipEncoder, Prepared, new_model
 from pipeline.support.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+_FUSION_WIDTH = 2048  # of T5's layers, between their two products
 
 FOREIGN = {  # what open_clip can build beside OpenAI's CLIP: these towers have no such positions to fuse
     "": ("custom_text", "multimodal_cfg"),
@@ -91,16 +94,16 @@ class FeatureFusionEncoder(ClipEncoder):
     """Texts, images, and both as float32 vectors of one space; every vector has seen both towers."""
 
     def __init__(self, architecture: Mapping[str, Any], model: Any, device: str, precision: str):
-        import numpy as np
+        import torch
 
         super().__init__(architecture, model, device, precision)
-        self.no_text: np.ndarray = self.tokenizer([""])[0].numpy()
-        self.no_image = np.zeros((3, *self.model.visual.image_size), np.float32)
+        self.no_text: Tensor = self.tokenizer([""]).to(device)
+        self.no_image = torch.zeros(1, 3, *self.image_size, device=device)  # after normalisation
 
     def prepare(self, item: Item) -> Prepared:
-        """Tokenise and transform. A text of "" is no text; what is missing stays out, `embed` stands in for it."""
+        """Tokenise, resize and crop. A text of "" is no text; what is missing stays out, `embed` stands in for it."""
         tokens = self.tokenizer([item.text])[0].numpy() if item.text else None
-        return Prepared(tokens, None if item.image is None else self.transform(item.image).numpy())
+        return Prepared(tokens, None if item.image is None else self.images.cut(item.image))
 
     def embed(self, batch: Sequence[Prepared]) -> Tensor:
         """float32 [B, D] on the device, with gradients where the caller's mode allows them (for training)."""
@@ -109,34 +112,39 @@ class FeatureFusionEncoder(ClipEncoder):
         if not batch:
             return torch.zeros(0, self.dimension, device=self.device)
         with self._arithmetic():
-            texts_BLD = self._positions([each.tokens for each in batch], self.no_text, self._text_positions)
-            images_BPD = self._positions([each.pixels for each in batch], self.no_image, self._image_positions)
-            return self.model.fuse(torch.cat([texts_BLD, images_BPD], dim=1))
+            texts_BLD = self._positions([each.tokens for each in batch], self.no_text, self._text_positions,
+                                        lambda tokens_BL: tokens_BL.to(self.device, non_blocking=True))
+            images_BPD = self._positions([each.pixels for each in batch], self.no_image, self._image_positions,
+                                         self.images.normalised)
+            both_BSD = torch.cat([texts_BLD, images_BPD], dim=1)
+            return self._in_parts(self.model.fuse, both_BSD, both_BSD.shape[1], _FUSION_WIDTH)
 
-    def _positions(self, inputs: Sequence[np.ndarray | None], blank: np.ndarray,
-                   tower: Callable[[Tensor], Tensor]) -> Tensor:
+    def _positions(self, inputs: Sequence[np.ndarray | None], blank: Tensor, tower: Callable[[Tensor], Tensor],
+                   ready: Callable[[Tensor], Tensor]) -> Tensor:
         """The tower's states [B, positions, D]; the blank is run once, behind the others, for all that lack one."""
         import numpy as np
         import torch
 
         given = [each for each in inputs if each is not None]
         is_complete = len(given) == len(inputs)
-        distinct = given if is_complete else [*given, blank]
-        states = tower(torch.from_numpy(np.stack(distinct)).to(self.device, non_blocking=True))
-        if is_complete:
-            return states
+        distinct = [ready(torch.from_numpy(np.stack(given)))] if given else []
         places = iter(range(len(given)))
         order = [len(given) if each is None else next(places) for each in inputs]
-        return states.index_select(0, torch.tensor(order, device=self.device))
+        states = tower(torch.cat([*distinct, *([] if is_complete else [blank])]))
+        return states if is_complete else states.index_select(0, torch.tensor(order, device=self.device))
 
     def _text_positions(self, tokens_BL: Tensor) -> Tensor:
-        return text_positions(self.model, tokens_BL)
+        return self._in_parts(lambda part: text_positions(self.model, part), tokens_BL, tokens_BL.shape[1],
+                              4 * self._widths[0])
 
-    def _image_positions(self, pixels: Tensor) -> Tensor:
+    def _image_positions(self, pixels_BCHW: Tensor) -> Tensor:
+        return self._in_parts(self._states_of_images, pixels_BCHW, self._image_length, 4 * self._widths[1])
+
+    def _states_of_images(self, pixels_BCHW: Tensor) -> Tensor:
         import torch
 
         visual = self.model.visual
-        found = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, intermediates_only=True,
-                                             output_fmt="NLC", output_extra_tokens=True)
+        found = visual.forward_intermediates(pixels_BCHW, indices=1, normalize_intermediates=True,
+                                             intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
         tokens = [found["image_intermediates_prefix"][0], found["image_intermediates"][0]]
         return torch.cat(tokens, dim=1) @ visual.proj

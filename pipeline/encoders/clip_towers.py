@@ -1,29 +1,29 @@
 """Two CLIP towers made from an open_clip model config, and the encoder that runs them.
 
 A text is encode_text, an image is encode_image, both together are the plain sum of the two: nothing is
-normalised. Only the towers an item needs are run. Texts are cut behind the last end marker of their batch
-where the tower is causal and reads its result at that marker, so that what follows cannot matter; elsewhere
-they keep their full length.
+normalised. Only the towers an item needs are run, and texts are cut where that is exact.
 
 Precision: fp32 is exact (no TF32); bf16 and fp16 are autocast over fp32 weights, as these models were trained
 and as UniIR evaluates. The trade: weights stay fp32 in memory, so that norms and the text tower's sums lose
 no digits.
 """
 
-# Shapes: B items, L tokens, W width of the text tower, D dimensions of a vector.
+# Shapes: B items, L tokens, D dimensions of a vector.
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipeline.encoders import Item
 from pipeline.encoders.checkpoints import find_file
+from pipeline.encoders.clip_images import ImageInput
+from pipeline.encoders.clip_texts import encode_short_texts, needed_length, new_tokenizer
 from pipeline.support.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+# On a CPU no intermediate result is larger: beyond, glibc gives each its own mapping, and every page costs a fault.
+_MOST_BYTES = 13 * 2**20
 
 
 class Prepared(NamedTuple):
-    """One item, ready for the towers: tokens int64 [context length], pixels float32 [3, height, width]."""
+    """One item, ready for the towers: tokens int64 [context length], pixels uint8 [height, width, 3]."""
 
     tokens: np.ndarray | None
     pixels: np.ndarray | None
@@ -100,43 +102,6 @@ def new_model(architecture: Mapping[str, Any], seed: int | None = None, plain: A
                             "run once with network access") from error
 
 
-def new_tokenizer(architecture: Mapping[str, Any]) -> Any:
-    """The architecture's tokenizer: a list of texts in, int64 [texts, context length] out."""
-    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-
-    config = architecture["text_cfg"]
-    options = {"context_length": config.get("context_length", 77), **(config.get("tokenizer_kwargs") or {})}
-    name, mode = config.get("hf_tokenizer_name"), config.get("tokenizer_mode")
-    if name:
-        try:
-            return HFTokenizer(name, tokenizer_mode=mode, **options)
-        except OSError as error:
-            raise UserError(f"tokenizer '{name}' cannot be fetched", str(error),
-                            "run once with network access") from error
-    tokenizer = SimpleTokenizer(**options)
-    if config.get("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
-        _cut_vocabulary(tokenizer, config["vocab_size"])
-    return tokenizer
-
-
-def _cut_vocabulary(tokenizer: Any, size: int) -> None:
-    """CLIP's own vocabulary, only smaller: 512 byte tokens, the first merges, the start and the end marker.
-
-    Byte pair merges apply in order, so the first ones alone are a complete tokenizer; rarer words take more
-    tokens. The end marker stays the largest number, which is where CLIP reads its result.
-    """
-    merges = size - 512 - 2
-    if merges < 0:
-        raise UserError(f"vocab_size {size} cannot hold CLIP's byte tokens", None, "vocab_size: 514 or more")
-    words = list(tokenizer.encoder)  # in the order of their numbers
-    tokenizer.encoder = {word: number for number, word in enumerate(words[:512 + merges] + words[-2:])}
-    tokenizer.decoder = {number: word for word, number in tokenizer.encoder.items()}
-    tokenizer.bpe_ranks = {pair: rank for pair, rank in tokenizer.bpe_ranks.items() if rank < merges}
-    tokenizer.all_special_ids = [size - 2, size - 1]
-    tokenizer.sot_token_id, tokenizer.eot_token_id = tokenizer.all_special_ids
-    tokenizer.vocab_size = size
-
-
 class ClipEncoder:
     """Texts, images, and both (their un-normalised sum) as float32 vectors of one space."""
 
@@ -145,32 +110,47 @@ class ClipEncoder:
     def __init__(self, architecture: Mapping[str, Any], model: Any, device: str, precision: str,
                  preprocess: Mapping[str, Any] | None = None):
         """`preprocess`: what differs from open_clip's default image transform (mean, std, ...)."""
-        from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
-
         if precision not in PRECISIONS:
             raise UserError(f"precision '{precision}' is not known", None, f"one of: {', '.join(PRECISIONS)}")
         self.dimension: int = architecture["embed_dim"]
         self.device, self.precision = device, precision
         self.model = model.to(device).eval()
         self.tokenizer = new_tokenizer(architecture)
-        sized = {**(preprocess or {}), "size": model.visual.image_size}
-        self.transform = image_transform_v2(PreprocessCfg(**merge_preprocess_dict({}, sized)), is_train=False)
+        self.images = ImageInput(model.visual.image_size, preprocess, device)
+        self._widths = [architecture[part].get("width", usual) for part, usual in (("text_cfg", 512),
+                                                                                   ("vision_cfg", 768))]
+        self._image_length = _image_length(model.visual)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of what the image tower sees: decoders need not give much more."""
+        return self.images.size
 
     def prepare(self, item: Item) -> Prepared:
-        """Tokenise and transform. A text of "" beside an image is no text, as in UniIR.
+        """Tokenise, resize and crop. A text of "" beside an image is no text, as in UniIR.
 
         With no image either, the empty text is encoded (UniIR: zeros), since a zero vector has no direction.
         """
         has_text = bool(item.text) or item.image is None
         tokens = self.tokenizer([item.text or ""])[0].numpy() if has_text else None
-        return Prepared(tokens, None if item.image is None else self.transform(item.image).numpy())
+        return Prepared(tokens, None if item.image is None else self.images.cut(item.image))
 
     def encode(self, batch: Sequence[Prepared]) -> np.ndarray:
         """float32 [B, D], not normalised, one row per prepared item in order."""
         import torch
 
-        with torch.inference_mode():
+        needs_order = self.precision != "fp32" and torch.device(self.device).type == "cpu"
+        with torch.inference_mode(), _positions_first(self.model) if needs_order else nullcontext():
             return self.embed(batch).cpu().numpy()
+
+    def compile(self) -> None:
+        """Let torch compile the blocks of both transformers, which then differ by rounding only."""
+        from open_clip.transformer import Transformer
+
+        for tower in self.model.modules():
+            if isinstance(tower, Transformer):
+                for block in tower.resblocks:
+                    block.compile(dynamic=True)  # each alone: they share one graph, which is ready in seconds
 
     def embed(self, batch: Sequence[Prepared]) -> Tensor:
         """float32 [B, D] on the device, with gradients where the caller's mode allows them (for training)."""
@@ -197,52 +177,54 @@ class ClipEncoder:
             return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         return nullcontext()
 
-    def _encode_images(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_image(pixels.to(self.device, non_blocking=True), normalize=False)
+    def _encode_images(self, pixels_BHWC: Tensor) -> Tensor:
+        def run(part: Tensor) -> Tensor:
+            return self.model.encode_image(self.images.normalised(part), normalize=False)
+        return self._in_parts(run, pixels_BHWC, self._image_length, 4 * self._widths[1])
 
     def _encode_texts(self, tokens_BL: Tensor) -> Tensor:
         length = needed_length(self.model, tokens_BL)
         is_short = length < tokens_BL.shape[1]
-        tokens_BL = tokens_BL[:, :length].to(self.device, non_blocking=True)
-        if is_short:
-            return _encode_short_texts(self.model, tokens_BL)
-        return self.model.encode_text(tokens_BL, normalize=False)
+
+        def run(part: Tensor) -> Tensor:
+            if is_short:
+                return encode_short_texts(self.model, part.to(self.device, non_blocking=True))
+            return self.model.encode_text(part.to(self.device, non_blocking=True), normalize=False)
+        return self._in_parts(run, tokens_BL[:, :length], length, 4 * self._widths[0])
+
+    def _in_parts(self, run: Callable[[Tensor], Tensor], inputs: Tensor, length: int, width: int) -> Tensor:
+        """`run` over items of `length` positions, each at its widest `width` numbers; on a CPU `encode` runs parts."""
+        import torch
+
+        if not torch.is_inference_mode_enabled() or torch.device(self.device).type != "cpu":
+            return run(inputs)
+        parts = inputs.split(max(1, _MOST_BYTES // (4 * length * width)))
+        return run(inputs) if len(parts) == 1 else torch.cat([run(part) for part in parts])
 
 
-def needed_length(model: Any, tokens_BL: Tensor) -> int:
-    """How many leading tokens of the batch decide its vectors: all, unless what follows provably cannot.
+def _image_length(visual: Any) -> int:
+    """Positions of one image in its tower; of towers other than open_clip's transformer an estimate."""
+    positions = getattr(visual, "positional_embedding", None)
+    return len(positions) if positions is not None else 256
 
-    It cannot in a causal tower that is read at the end marker (the first largest number, or `eos_id`).
+
+@contextmanager
+def _positions_first(model: Any) -> Iterator[None]:
+    """open_clip's transformers work on [positions, items] instead of [items, positions]; the results are the same.
+
+    Batch first, torch's attention transposes its input, and its product with bfloat16 weights then copies them once
+    per position: three quarters of the time of a tower on a CPU.
     """
-    tower, pool, end_of_text = _text_tower(model)
-    is_causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
-    if not is_causal or pool not in ("argmax", "eos"):
-        return tokens_BL.shape[1]
-    marked_BL = tokens_BL if pool == "argmax" else tokens_BL.eq(end_of_text or 0).int()
-    return int(marked_BL.argmax(dim=-1).max()) + 1
+    from open_clip.transformer import ResidualAttentionBlock, Transformer
 
-
-def _text_tower(model: Any) -> tuple[Any, str | None, int | None]:
-    """The module that holds the text tower, how its result is read, and the end marker it may be read at."""
-    if hasattr(model, "text"):
-        return model.text, getattr(model.text, "pool_type", None), getattr(model.text, "eos_id", None)
-    return model, model.text_pool_type, model.text_eos_id
-
-
-def text_positions(model: Any, tokens_BL: Tensor) -> Tensor:
-    """The text tower's state at every position, after its last norm: [B, L, W]. Causal towers only, any L it holds."""
-    tower, length = _text_tower(model)[0], tokens_BL.shape[1]
-    hidden_BLW = tower.token_embedding(tokens_BL) + tower.positional_embedding[:length]
-    return tower.ln_final(tower.transformer(hidden_BLW, attn_mask=tower.attn_mask[:length, :length]))
-
-
-def _encode_short_texts(model: Any, tokens_BL: Tensor) -> Tensor:
-    """open_clip's encode_text for fewer tokens than its causal mask, which that method insists on."""
-    from open_clip.transformer import text_global_pool
-
-    tower, pool, end_of_text = _text_tower(model)
-    ends_BW = text_global_pool(text_positions(model, tokens_BL), tokens_BL, pool, end_of_text)
-    projection = tower.text_projection
-    if projection is None:
-        return ends_BW
-    return projection(ends_BW) if callable(projection) else ends_BW @ projection
+    turned = [module for tower in model.modules()
+              if isinstance(tower, Transformer) and tower.batch_first
+              and all(type(block) is ResidualAttentionBlock for block in tower.resblocks)
+              for module in (tower, *(block.attn for block in tower.resblocks))]
+    for module in turned:
+        module.batch_first = False
+    try:
+        yield
+    finally:
+        for module in turned:
+            module.batch_first = True

@@ -1,20 +1,21 @@
 """embed: one shard of a queries or candidates table -> one shard of embeddings.
 
 Shards are a property of the data, so any number of workers, now or after a kill, makes the same files. All shards
-of one encoder form one stream: weights load once, and the loaders never run dry between two shards. A broken image
-is a value (`flaw`): its item is encoded from its text alone, or as the zero vector, whose score with everything is
-0; more of them than `max_flawed` and the shard is not written.
+of one encoder form one stream: weights load once, and the loaders never run dry between two shards. Equal items of a
+shard are encoded once. A broken image is a value (`flaw`): its item is encoded from its text alone, or as the zero
+vector, whose score with everything is 0; more of them than `max_flawed` and the shard is not written.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union
 
 import numpy as np
 
@@ -23,10 +24,14 @@ from pipeline.artifacts import Artifact, shard_file, shard_number
 from pipeline.devices import resolve_device
 from pipeline.embeddings import read_table, shard_facts, write_shard
 from pipeline.encoders import Encoder, load_encoder
+from pipeline.encoding import Encoding, batch_size, require, unit_vectors
 from pipeline.images import Flaw, ImageStore
-from pipeline.loading import Batch, Source, batches, keys_of, num_loaders
+from pipeline.loading import DRAFT, EXACT, Batch, Source, batches, num_loaders
 from pipeline.support.errors import UserError
+from pipeline.support.loaders import let_waiting_threads_sleep
 from pipeline.support.progress import Landed
+
+log = logging.getLogger("pipeline")
 
 VERSION = 1
 RULES = ("none", "first", "hashed", "all")
@@ -42,11 +47,14 @@ class Params(artifacts.Params):
     precision: str
     storage: str
     instruction: str
+    decoding: str = EXACT
 
 
 @dataclass(frozen=True)
 class Runtime(artifacts.Runtime):
-    batch_size: int
+    batch_size: Union[int, Literal["auto"]]
+    share: str
+    compile: bool
     loaders: int
     device: str
     max_flawed: int
@@ -74,7 +82,8 @@ class Job:
 
     def source(self, unit: str) -> Source:
         shard = self.shards[shard_number(unit)]["file"]
-        return Source(self.table.path(shard), self.table.fingerprint, self.images, self.artifact.params.instruction,
+        params = self.artifact.params
+        return Source(self.table.path(shard), self.table.fingerprint, self.images, params.instruction, params.decoding,
                       self.artifact.path(unit))
 
 
@@ -129,33 +138,51 @@ def _too_many(flaws: Sequence[str], tolerated: int) -> UserError:
 
 
 def make(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
+    let_waiting_threads_sleep()
     for _, group in groupby(work, key=lambda pair: pair[0].encoder):
         yield from _embed_with_one_encoder(list(group), runtime)
 
 
 def _embed_with_one_encoder(work: list[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
-    module, params, precision = work[0][0].encoder
-    encoder = load_encoder(module).build(params, resolve_device(runtime.device), precision)
-    for job in {job.artifact.label: job for job, _ in work}.values():
-        _check_modalities(job, encoder)
+    encoding = _encoding(work, runtime)
     refused: list[str] = []
     shards: dict[int, _Shard] = {}
+    num_items, num_shared = 0, 0
     sources = [job.source(unit) for job, unit in work]
     loaders = num_loaders(runtime.loaders, sum(job.rows_of(unit) for job, unit in work))
-    for batch in batches(sources, encoder, runtime.batch_size, loaders):
+    for batch in batches(sources, encoding.encoder, encoding.size, loaders, runtime.share):
         if batch.position not in shards:
-            shards[batch.position] = _Shard(*work[batch.position], encoder.dimension)
+            shards[batch.position] = _Shard(*work[batch.position], encoding, runtime.share)
+            if runtime.share != "worker":  # or the vectors would depend on which shards came before
+                encoding.forget()
         shard = shards[batch.position]
-        shard.take(batch, encoder)
-        if shard.is_full:
+        shard.take(batch)
+        if not shard.awaited:
             finished = shards.pop(batch.position)
+            num_items, num_shared = num_items + finished.num_items, num_shared + finished.num_shared
             if len(finished.flaws) > runtime.max_flawed:
                 refused.extend(finished.named_flaws())
                 continue
             finished.write()
             yield Landed(finished.job.artifact.name, finished.unit, len(finished.ids), finished.note)
+    log.info("%-9s %s  %s items, %s shared the vector of an equal one", "embed", encoding.module, f"{num_items:,}",
+             f"{num_shared:,}")
     if refused:
         raise _too_many(refused, runtime.max_flawed)
+
+
+def _encoding(work: list[tuple[Job, str]], runtime: Runtime) -> Encoding:
+    module, params, precision = work[0][0].encoder
+    device = resolve_device(runtime.device)
+    encoder: Any = load_encoder(module).build(params, device, precision)
+    for job in {job.artifact.label: job for job, _ in work}.values():
+        _check_modalities(job, encoder)
+        if job.artifact.params.decoding == DRAFT:
+            require(encoder, "image_size", module, "embed.decoding=exact")
+    if runtime.compile:
+        require(encoder, "compile", module, "embed.compile=false")
+        encoder.compile()
+    return Encoding(encoder, module, batch_size(runtime.batch_size, encoder, device))
 
 
 def _check_modalities(job: Job, encoder: Encoder) -> None:
@@ -171,45 +198,49 @@ class _Shard:
 
     job: Job
     unit: str
-    dimension: int
+    encoding: Encoding
+    share: str
     started: float = field(default_factory=time.monotonic)
-    encoding: float = 0.0
+    seconds: float = 0.0
+    num_shared: int = 0
     flaws: dict[int, Flaw] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        rows = self.job.source(self.unit).table()
-        self.ids: list[str] = rows.column(0).to_pylist()
-        self.awaited = len(keys_of(0, rows, self.job.artifact.params.instruction))
-        self.vectors_ND = np.zeros((len(self.ids), self.dimension), np.float32)
-
-    @property
-    def is_full(self) -> bool:
-        return self.awaited == 0
+        source = self.job.source(self.unit)
+        self.ids: list[str] = read_table(source.path, source.fingerprint).column(0).to_pylist()
+        self.rows_of = {key[1:]: rows for key, rows in source.items(0, self.share).items()}
+        self.num_items, self.awaited = sum(map(len, self.rows_of.values())), len(self.rows_of)
+        self.vectors_ND = np.zeros((len(self.ids), self.encoding.encoder.dimension), np.float32)
 
     def named_flaws(self) -> list[str]:
         return [f"{self.ids[row]}: {flaw.kind} ({flaw.detail})" for row, flaw in sorted(self.flaws.items())]
 
     @property
     def note(self) -> str:
-        share = self.encoding / max(time.monotonic() - self.started, 1e-9)
-        return f"encoding {share:.0%} of the time" + (f", {len(self.flaws)} flawed" if self.flaws else "")
+        """`shared` is what was not encoded, because an equal item was."""
+        busy = self.seconds / max(time.monotonic() - self.started, 1e-9)
+        return (f"encoding {busy:.0%} of the time"
+                + (f", {self.num_shared / self.num_items:.1%} shared" if self.num_shared else "")
+                + (f", {len(self.flaws)} flawed" if self.flaws else ""))
 
-    def take(self, batch: Batch, encoder: Encoder) -> None:
+    def take(self, batch: Batch) -> None:
         self.awaited -= len(batch.keys)
-        self.flaws.update({key.row: flaw for key, flaw in zip(batch.keys, batch.flaws) if flaw is not None})
+        rows = [self.rows_of[key[1:]] for key in batch.keys]
+        self.num_shared += sum(map(len, rows)) - len(rows)
+        self.flaws.update({row: flaw for each, flaw in zip(rows, batch.flaws) if flaw is not None for row in each})
         sound = [number for number, item in enumerate(batch.prepared) if item is not None]
         if not sound:
             return
-        before = time.monotonic()
-        encoded_BD = encoder.encode([batch.prepared[number] for number in sound])
-        self.encoding += time.monotonic() - before
-        if encoded_BD.shape != (len(sound), self.dimension):
-            what = f"the encoder returned shape {encoded_BD.shape} for {len(sound)} items"
-            raise UserError(f"{what}, its dimension is {self.dimension}", self.job.module,
-                            "encode returns float32 [B, D]: see pipeline/encoders/__init__.py")
+        started, before = time.monotonic(), self.encoding.num_encoded
+        encoded_BD = self.encoding.vectors([batch.prepared[number] for number in sound],
+                                           [batch.digests[number] for number in sound])
+        self.seconds += time.monotonic() - started
+        self.num_shared += len(sound) - (self.encoding.num_encoded - before)
         if self.job.artifact.params.instruction == "all":
-            encoded_BD = _unit(encoded_BD)
-        np.add.at(self.vectors_ND, [batch.keys[number].row for number in sound], encoded_BD)
+            encoded_BD = unit_vectors(encoded_BD)
+        counts = [len(rows[number]) for number in sound]
+        np.add.at(self.vectors_ND, [row for number in sound for row in rows[number]],
+                  encoded_BD.repeat(counts, axis=0))
 
     def write(self) -> None:
         """Under the rule "all" a row holds the sum of its unit vectors, whose cosine ranks like the averaged scores."""
@@ -217,8 +248,3 @@ class _Shard:
         flaws = [self.flaws[row].kind if row in self.flaws else None for row in range(len(self.ids))]
         write_shard(artifact.path(self.unit), self.ids, self.vectors_ND, flaws, artifact.params.storage,
                     artifact.fingerprint)
-
-
-def _unit(vectors_ND: np.ndarray) -> np.ndarray:
-    norms_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
-    return np.asarray(vectors_ND / np.where(norms_N1 > 0, norms_N1, 1))

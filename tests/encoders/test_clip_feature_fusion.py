@@ -132,7 +132,7 @@ def reference(state: dict[str, torch.Tensor], encoder: FeatureFusionEncoder, ite
     model = open_clip.CLIP(**ARCHITECTURE).eval()
     model.load_state_dict({name: each for name, each in state.items() if not name.startswith("t5_")}, strict=False)
     tokens = encoder.tokenizer([item.text or ""])
-    pixels = torch.zeros(1, 3, 64, 64) if item.image is None else encoder.transform(item.image)[None]
+    pixels = torch.zeros(1, 3, 64, 64) if item.image is None else encoder.images.transform(item.image)[None]
     with torch.no_grad():
         text = model.token_embedding(tokens) + model.positional_embedding
         text = model.ln_final(model.transformer(text, attn_mask=model.attn_mask))
@@ -167,6 +167,32 @@ def test_vectors_do_not_depend_on_batch_mates(encoder: FeatureFusionEncoder) -> 
     alone = np.concatenate([encode(encoder, [item]) for item in batch])
     np.testing.assert_allclose(encode(encoder, batch), alone, atol=3e-6)
     np.testing.assert_allclose(encode(encoder, batch[::-1])[::-1], alone, atol=3e-6)
+
+
+def test_parts_of_a_batch_make_the_vectors_of_the_whole(encoder: FeatureFusionEncoder,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, sizes = [encoder.prepare(item) for item in items() * 4], list[int]()
+    encoder.model.t5_layers.register_forward_hook(
+        lambda _, __, inputs, ___: sizes.append(len(inputs["inputs_embeds"])), with_kwargs=True)
+    with torch.no_grad():
+        whole = encoder.embed(batch).numpy()
+    assert sizes == [48]
+    monkeypatch.setattr("pipeline.encoders.clip_towers._MOST_BYTES", 142 * 20 * 4 * 2048)
+    np.testing.assert_allclose(encoder.encode(batch), whole, atol=3e-6)
+    assert sizes[1:] == [20, 20, 8]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_close_whatever_the_order_of_positions(params: Params, encoder: FeatureFusionEncoder,
+                                                                 precision: str) -> None:
+    half = uniir_clip.build(params, "cpu", precision)
+    batch = [half.prepare(item) for item in items()]
+    with torch.no_grad():
+        expected = half.embed(batch).numpy()
+    vectors = half.encode(batch)
+    tolerance = (5e-2 if precision == "bf16" else 5e-3) * np.abs(expected).max()
+    np.testing.assert_allclose(vectors, expected, atol=tolerance)
+    np.testing.assert_allclose(vectors, encode(encoder, items()), atol=tolerance)
 
 
 def test_an_empty_batch_has_no_rows(encoder: FeatureFusionEncoder) -> None:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.encoders.clip_towers import new_tokenizer
+from pipeline.encoders.clip_texts import new_tokenizer
 from pipeline.support.errors import UserError
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz ETAO0123456789.,'!?&<>_\t\n\u00e9\u00df\u4e2d\u0301\U0001f600"

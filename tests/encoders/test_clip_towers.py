@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.encoders import Item, open_clip
-from pipeline.encoders.clip_towers import (ClipEncoder, needed_length, new_model, new_tokenizer,
-                                           read_architecture)
+from pipeline.encoders.clip_texts import needed_length, new_tokenizer
+from pipeline.encoders.clip_towers import ClipEncoder, new_model, read_architecture
 from pipeline.encoders.open_clip import Params
 from pipeline.support.errors import UserError
 
@@ -190,6 +190,35 @@ def test_vectors_do_not_depend_on_batch_mates(encoder: ClipEncoder) -> None:
     assert np.abs(together - alone).max() < tolerance and np.abs(together[order] - shuffled).max() < tolerance
 
 
+def many(encoder: ClipEncoder) -> list[Any]:
+    batch = [encoder.prepare(item) for item in items() * 30]
+    return sorted(batch, key=lambda each: (each.pixels is None, each.tokens is None))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_of_a_batch_make_the_vectors_of_the_whole(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = made_encoder(family)
+    batch, sizes = many(encoder), list[int]()
+    encoder.model.visual.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    with torch.no_grad():
+        whole = encoder.embed(batch).numpy()
+    assert sizes == [180]
+    monkeypatch.setattr("pipeline.encoders.clip_towers._MOST_BYTES", 300 * 4 * 128)
+    vectors = encoder.encode(batch)
+    assert sizes[1:] == [17] * 10 + [10] if "attentional_pool" not in FAMILIES[family]["vision_cfg"] else sizes[1:]
+    np.testing.assert_allclose(vectors, whole, atol=1e-6 * np.abs(whole).max())
+
+
+def test_training_is_not_cut_into_parts(encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of gradients over parts would round differently."""
+    monkeypatch.setattr("pipeline.encoders.clip_towers._MOST_BYTES", 1)
+    sizes = list[int]()
+    handle = encoder.model.visual.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    encoder.embed([encoder.prepare(Item(None, picture(seed))) for seed in range(5)])
+    handle.remove()
+    assert sizes == [5]
+
+
 # trimming
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -242,6 +271,40 @@ def test_half_precisions_are_close_and_really_used(folder: Path, encoder: ClipEn
     assert vectors.dtype == np.float32 and cosines(exact, vectors).min() > least
     assert np.abs(exact - vectors).max() > 1e-5
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_come_first_in_half_precision_and_change_nothing(family: str, precision: str) -> None:
+    """Only while encoding, and only where open_clip's own transformer runs."""
+    from open_clip.transformer import Transformer
+
+    half = ClipEncoder(FAMILIES[family], new_model(FAMILIES[family], 1), "cpu", precision)
+    towers = [module for module in half.model.modules() if isinstance(module, Transformer)]
+    batch, orders = [half.prepare(item) for item in items()], list[bool]()
+    for tower in towers:
+        tower.register_forward_pre_hook(lambda module, _: orders.append(module.batch_first))
+    with torch.no_grad():
+        expected = half.embed(batch).numpy()
+    assert orders == [True] * 2
+    vectors = half.encode(batch)
+    assert orders[2:] == [False] * 2 and all(tower.batch_first for tower in towers)
+    assert all(block.attn.batch_first for tower in towers for block in tower.resblocks)
+    np.testing.assert_allclose(vectors, expected, atol=(2e-2 if precision == "bf16" else 2e-3) * np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_compiled_vectors_differ_by_rounding(folder: Path, precision: str, tolerance: float) -> None:
+    """Batches and texts of several sizes run through one compiled graph."""
+    plain, compiled = (open_clip.build(Params(str(folder / "plain.json"), seed=4), "cpu", precision) for _ in range(2))
+    compiled.compile()
+    torch._dynamo.reset()
+    for count in (10, 7, 3, 10):
+        expected = encode(plain, items()[:count])
+        np.testing.assert_allclose(encode(compiled, items()[:count]), expected, atol=tolerance * np.abs(expected).max())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert list(compiled.model.state_dict()) == list(plain.model.state_dict())
 
 
 def test_unknown_precision_is_refused(folder: Path) -> None:

@@ -105,7 +105,7 @@ def masked_sums(model: Any, encoder: Any) -> np.ndarray:
     with torch.no_grad():
         for item in items():
             tokens = encoder.tokenizer([item.text or ""])
-            pixels = torch.zeros(1, 3, 32, 32) if item.image is None else encoder.transform(item.image)[None]
+            pixels = torch.zeros(1, 3, 32, 32) if item.image is None else encoder.images.transform(item.image)[None]
             text_mask, image_mask = float(item.text not in (None, "")), float(item.image is not None)
             rows.append(model.encode_text(tokens) * text_mask + model.encode_image(pixels) * image_mask)
     return torch.cat(rows).numpy()

@@ -108,7 +108,7 @@ class World:
 
     def prepare_only(self, encoder: Any, source: Source) -> float:
         """Items per second of the loaders alone, after the first batch."""
-        arriving = batches([source], encoder, self.options.batch_size, self.num_loaders(), "none")
+        arriving = batches([source], encoder, min(8, self.options.batch_size), self.num_loaders(), "none")
         next(arriving)
         started, count = time.perf_counter(), sum(len(batch.keys) for batch in arriving)
         return count / (time.perf_counter() - started)
@@ -122,7 +122,8 @@ def jpeg(seed: int) -> bytes:
     """640 x 480, as heavy to decode as a photograph of quality 85."""
     from PIL import Image
     random = np.random.default_rng(seed)
-    smooth = Image.fromarray(random.integers(0, 256, (30, 40, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(random.integers(0, 256, (30, 40, 3), np.uint8))
+    smooth = coarse.resize((640, 480), Image.Resampling.BICUBIC)
     noisy = np.asarray(smooth) + random.normal(0, 12, (480, 640, 3))
     file = io.BytesIO()
     Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
@@ -181,8 +182,8 @@ def forward(encoder: Any, ready: Sequence[Any]) -> tuple[float, np.ndarray]:
     is_half_on_cpu = encoder.precision != "fp32" and encoder.device == "cpu"
     with torch.inference_mode(), clip_towers._positions_first(encoder.model) if is_half_on_cpu else nullcontext():
         with encoder._arithmetic():
-            found = [encoder._in_parts(encoder.model.encode_image, pixels, encoder._image_length).float().cpu().numpy()
-                     for pixels in ready]
+            found = [encoder._in_parts(encoder.model.encode_image, pixels, encoder._image_length,
+                                       4 * encoder._widths[1]).float().cpu().numpy() for pixels in ready]
     return time.perf_counter() - started, np.concatenate(found)
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.config import load
+from pipeline.config import load, part
 from pipeline.embeddings import EmbeddingStore, vectors_of
 from pipeline.encoders import Item
 from pipeline.loading import choose_prompts
 from pipeline.plan import make_plan
+from pipeline.stages import embed
+from pipeline.support.errors import UserError
 from pipeline.workers import Share, run_stage
 from tests import toy_encoder
 from tests.small_mbeir import COLOURS, SmallMbeir
@@ -125,7 +130,7 @@ def test_only_the_towers_that_an_item_needs_are_run(tmp_path: Path, monkeypatch:
         return prepare(self, item)
     monkeypatch.setattr(toy_encoder.ToyEncoder, "prepare", watched)
     small = SmallMbeir(tmp_path)
-    small.candidates += [{"did": f"7:{number}", "txt": "Words.", "img_path": None, "modality": "text"}
+    small.candidates += [{"did": f"7:{number}", "txt": f"Words {number}.", "img_path": None, "modality": "text"}
                          for number in range(5, 9)]
     embedded(small.write())
     assert kinds == [False] * 4 + [False] * 4 + [True] * 4
@@ -174,3 +179,180 @@ def test_an_encoder_that_does_not_take_images_is_named(tmp_path: Path, monkeypat
     monkeypatch.setattr(toy_encoder.ToyEncoder.__init__, "__defaults__", (frozenset({"text"}),))
     with pytest.raises(Exception, match="does not take 'image', which small.pool.toys_task0 has"):
         embedded(SmallMbeir(tmp_path).write())
+
+
+# equal items
+
+def with_copies(root: Path) -> SmallMbeir:
+    """Ten candidates of five contents: red by its name three times and by others twice, one of the texts twice."""
+    small = SmallMbeir(root)
+    small.image("copy").write_bytes(small.image("red").read_bytes())
+    small.image("again").write_bytes(small.image("red").read_bytes())
+    red = {"txt": None, "img_path": "mbeir_images/red.png", "modality": "image"}
+    told = {"txt": "Words.", "img_path": None, "modality": "text"}
+    copy, again, green = ({**red, "img_path": f"mbeir_images/{name}.png"} for name in ("copy", "again", "green"))
+    both = {**red, "txt": "Red.", "modality": "image,text"}
+    rows = [red, told, copy, red, both, green, told, again, red, {**told, "txt": "Other words."}]
+    small.candidates = [{"did": f"7:{number}", "src_content": None, **row} for number, row in enumerate(rows, 1)]
+    return small.write()
+
+
+@pytest.fixture
+def encoded_items(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    found: list[np.ndarray] = []
+    encode = toy_encoder.ToyEncoder.encode
+
+    def watched(self: toy_encoder.ToyEncoder, batch: Any) -> np.ndarray:
+        found.extend(batch)
+        return encode(self, batch)
+    monkeypatch.setattr(toy_encoder.ToyEncoder, "encode", watched)
+    return found
+
+
+SETTINGS = [("none", 10_000, 10), ("shard", 10_000, 5), ("worker", 10_000, 5),
+            ("none", 5, 10), ("shard", 5, 3 + 4), ("worker", 5, 5), ("shard", 1, 10), ("worker", 1, 5)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("share, rows_per_shard, expected", SETTINGS)
+def test_equal_items_are_encoded_once(tmp_path: Path, encoded_items: list[np.ndarray], share: str, rows_per_shard: int,
+                                      expected: int, batch_size: int) -> None:
+    small = with_copies(tmp_path)
+    _, vectors_ND, flaws = embedded(
+        small, f"embed.share={share}", f"collect.rows_per_shard={rows_per_shard}", f"embed.batch_size={batch_size}",
+        "embed.instruction=none")["pool"]
+    assert len(encoded_items) == expected + 4  # the queries
+    red, green = (alone(None, Image.open(small.image(colour))) for colour in ("red", "green"))
+    words, both = alone("Words."), alone("Red.", Image.open(small.image("red")))
+    assert np.array_equal(vectors_ND, [red, words, red, red, both, green, words, red, red, alone("Other words.")])
+    assert flaws == [None] * 10
+
+
+def test_shards_share_nothing_unless_asked(tmp_path: Path, encoded_items: list[np.ndarray]) -> None:
+    """What a shard holds must not depend on the shards that its worker has made before."""
+    small = with_copies(tmp_path)
+    embedded(small, "collect.rows_per_shard=5")
+    work = tmp_path / "work/artifacts/embed"
+    shard = next(work.glob("*pool*")) / "embeddings-00001.parquet"
+    before = shard.read_bytes()
+    shard.unlink()
+    (shard.parent / "manifest.json").unlink()
+    embedded(small, "collect.rows_per_shard=5")
+    assert shard.read_bytes() == before
+
+
+def test_how_many_shared_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+    with caplog.at_level("INFO", logger="pipeline"):
+        embedded(with_copies(tmp_path))
+    assert "50.0% shared" in caplog.text and "14 items, 5 shared the vector of an equal one" in caplog.text
+
+
+def test_equal_texts_under_other_instructions_are_other_items(tmp_path: Path,
+                                                              encoded_items: list[np.ndarray]) -> None:
+    """An encoder may have a template of its own for the two parts: the same final text can mean another vector."""
+    small = SmallMbeir(tmp_path)
+    small.queries = [{**small.queries[0], "qid": f"7:{number}", "query_txt": text}
+                     for number, text in enumerate(("toy.", "toy.", "Find toy."), 1)]
+    small.qrels = [f"7:{number} 0 7:1 1 0" for number in range(1, 4)]
+    small.instructions[1] = "text\timage\tToys\t7\tFind\tFind"
+    small.candidates = small.candidates[:1]
+    embedded(small.write(), "embed.instruction=first")
+    assert len(encoded_items) == 2 + 1
+    encoded_items.clear()
+    embedded(small, "embed.instruction=all", f"work_dir={tmp_path}/all")
+    assert len(encoded_items) == 2 + 1, "two prompts of the same words are one item"
+
+
+def test_a_row_of_equal_prompts_counts_each(tmp_path: Path) -> None:
+    small = SmallMbeir(tmp_path)
+    small.instructions[1] = "text\timage\tToys\t7\tFind it.\tFind it."
+    shared, apart = (embedded(small.write(), "embed.instruction=all", f"embed.share={share}",
+                              f"work_dir={tmp_path}/{share}")["queries"][1] for share in ("shard", "none"))
+    assert np.array_equal(shared, apart)
+    assert np.allclose(np.linalg.norm(shared, axis=1), 2)
+
+
+def test_copies_of_a_broken_image_are_flawed_alike(tmp_path: Path) -> None:
+    small = with_copies(tmp_path)
+    small.image("red").write_text("broken")
+    _, vectors_ND, flaws = embedded(small, "embed.max_flawed=9")["pool"]
+    broken = "undecodable_image"
+    assert flaws == [broken, None, None, broken, broken, None, None, None, broken, None]
+    assert not vectors_ND[[0, 3, 8]].any() and np.array_equal(vectors_ND[4], alone("Red."))
+    assert np.array_equal(vectors_ND[2], vectors_ND[7]) and vectors_ND[2].any()
+
+
+def test_sharing_moves_no_vector_of_a_real_encoder(quick_run: Any, small_arguments: list[str], tmp_path: Path) -> None:
+    """Batches differ, and so may the last digits, of which 1e-6 of a vector's norm is allowed."""
+    for share in ("shard", "worker", "none"):
+        arguments = [f"work_dir={tmp_path}/{share}", *small_arguments, "embed.storage=float32", f"embed.share={share}"]
+        for stage in ("collect", "embed"):
+            run_stage(load("quickstart", arguments), stage)
+    for job in make_plan(load("quickstart", [f"work_dir={tmp_path}/none", *small_arguments,
+                                             "embed.storage=float32"])).jobs["embed"]:
+        first = job.artifact.path("embeddings-00000.parquet").relative_to(tmp_path / "none")
+        tables = [pq.read_table(tmp_path / share / first) for share in ("none", "shard", "worker")]
+        apart_ND, *others = (vectors_of(table) for table in tables)
+        norms_N1 = np.linalg.norm(apart_ND, axis=1, keepdims=True)
+        assert all(np.abs((other_ND - apart_ND) / norms_N1).max() < 1e-6 for other_ND in others)
+
+
+# options that an encoder must be able to follow
+
+@pytest.mark.parametrize("option, name", [("embed.compile=true", "compile"), ("embed.decoding=draft", "image_size")])
+def test_an_encoder_that_cannot_is_named(tmp_path: Path, option: str, name: str) -> None:
+    small = SmallMbeir(tmp_path).write()
+    with pytest.raises(UserError, match=f"(?s)no `{name}`.*tests.toy_encoder.*{option.split('=')[0]}"):
+        embedded_with(small, option)
+
+
+def embedded_with(small: SmallMbeir, option: str) -> None:
+    """Embed the pool under one option, set by hand on its job."""
+    experiment = load(str(small.experiment), [option])
+    run_stage(experiment, "collect")
+    job = make_plan(experiment).jobs["embed"][1]
+    identity = job.artifact.identity
+    params = replace(identity.params, decoding=experiment.settings.embed.decoding)
+    job = replace(job, artifact=replace(job.artifact, identity=replace(identity, params=params)))
+    runtime = part(experiment.settings.embed, embed.Runtime)
+    list(embed.make([(job, unit) for unit in embed.units(job)], runtime))
+
+
+def test_drafts_have_other_pixels_and_exact_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    prepare = toy_encoder.ToyEncoder.prepare
+
+    def watched(self: toy_encoder.ToyEncoder, item: Item) -> np.ndarray:
+        if item.image is not None:
+            sizes.append(item.image.size)
+        return prepare(self, item)
+    monkeypatch.setattr(toy_encoder.ToyEncoder, "prepare", watched)
+    monkeypatch.setattr(toy_encoder.ToyEncoder, "image_size", (50, 60), raising=False)
+    small = SmallMbeir(tmp_path)
+    for colour in COLOURS:
+        Image.effect_noise((480, 400), 90).convert("RGB").save(small.image(colour), "JPEG")
+    small.write()
+    embedded_with(small, "embed.decoding=draft")
+    embedded_with(small, "embed.decoding=exact")
+    assert sizes == [(60, 50)] * 4 + [(480, 400)] * 4
+    assert len(list((tmp_path / "work/artifacts/embed").glob("*pool*"))) == 2
+
+
+def test_a_device_that_is_too_small_for_a_batch_is_given_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    encode = toy_encoder.ToyEncoder.encode
+
+    def small_memory(self: toy_encoder.ToyEncoder, batch: Any) -> np.ndarray:
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError
+        return encode(self, batch)
+    small = SmallMbeir(tmp_path).write()
+    before = embedded(small, f"work_dir={tmp_path}/first")["pool"][1]
+    monkeypatch.setattr(toy_encoder.ToyEncoder, "encode", small_memory)
+    assert np.array_equal(embedded(small)["pool"][1], before)
+
+
+def test_a_batch_size_may_be_left_to_be_found(tmp_path: Path) -> None:
+    assert len(embedded(SmallMbeir(tmp_path).write(), "embed.batch_size=auto")["pool"][1]) == 4
