@@ -23,8 +23,9 @@ import pyarrow as pa
 from pipeline.embeddings import read_table
 from pipeline.encoders import Encoder, Item
 from pipeline.images import Flaw, ImageStore, decode
+from pipeline.support.ahead import read_ahead
 from pipeline.support.errors import UserError
-from pipeline.support.loaders import ahead, as_bytes, one_thread
+from pipeline.support.loaders import as_bytes, one_thread
 
 SHARING = ("shard", "worker", "none")  # among which items equal ones are encoded once
 EXACT, DRAFT = "exact", "draft"
@@ -86,7 +87,7 @@ def batches(sources: Sequence[Source], encoder: Encoder, batch_size: int, loader
         collate_fn=as_bytes, num_workers=loaders, prefetch_factor=4 if loaders else None,
         worker_init_fn=one_thread if loaders else None)
     arriving = map(_unpacked, loader)  # here, not in a thread, the processes are forked
-    return ahead(arriving, _UNPACKED_AHEAD) if loaders else arriving
+    return read_ahead(arriving, _UNPACKED_AHEAD) if loaders else arriving
 
 
 def _unpacked(packed: bytes) -> Batch:

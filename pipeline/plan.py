@@ -173,7 +173,7 @@ class _Planner:
 
     def embedded(self, encoder: EncoderChoice, name: str, table: Artifact, instruction: str) -> embed.Job:
         chosen = self.settings.embed
-        params = embed.Params(self.identity(encoder), chosen.precision, chosen.storage, instruction)
+        params = embed.Params(self.identity(encoder), chosen.precision, chosen.storage, instruction, chosen.decoding)
         collected = manifest_of(table.directory)
         inputs = {"table": collected["digest"], "images": collected["image_sizes"]}
         artifact = self.artifact("embed", name, params, inputs)

@@ -28,6 +28,7 @@ from pipeline.loading import num_loaders
 from pipeline.pieces import EncoderChoice
 from pipeline.report.tracking import Tracker
 from pipeline.support.errors import UserError
+from pipeline.support.loaders import let_waiting_threads_sleep
 from pipeline.training.draws import Course
 from pipeline.training.examples import Examples
 from pipeline.training.feeding import Feeder
@@ -44,6 +45,7 @@ log = logging.getLogger("pipeline")
 
 def train(experiment: Experiment, accept_changes: bool, say: Callable[..., Any]) -> Path:
     """Train from the last checkpoint on, or from the start; returns the configuration of the trained encoder."""
+    let_waiting_threads_sleep()
     params, runtime = part(experiment.settings.training, Params), part(experiment.settings.training, Runtime)
     choice = _trainable_encoder(experiment)
     choice.identity()  # weights that are missing are better known before millions of rows are read

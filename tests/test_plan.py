@@ -35,20 +35,23 @@ def names_to_do(plan: Plan, stage: str) -> set[str]:
 
 
 @pytest.mark.parametrize("override", [
-    "embed.batch_size=3", "embed.loaders=2", "embed.device=cuda", "local.workers=5", "retrieve.queries_per_pass=1",
-    "retrieve.memory_gb=0.5", "index.seed=3", "index.train_rows=5", "retrieve.recall_queries=7",
-    "retrieve.faiss_parameters=nprobe=9",
+    "embed.batch_size=3", "embed.batch_size=auto", "embed.share=none", "embed.compile=true", "embed.loaders=2",
+    "embed.device=cuda", "local.workers=5", "retrieve.queries_per_pass=1", "retrieve.memory_gb=0.5",
+    "index.seed=3", "index.train_rows=5", "retrieve.recall_queries=7", "retrieve.faiss_parameters=nprobe=9",
     "retrieve.coarse=float32", "retrieve.kernel=torch", "collect.check_images=false", "export.depth=7", "log.wandb=x"])
 def test_what_changes_only_speed_runs_nothing(replan: Replan, override: str) -> None:
     assert not any(to_do(replan(override)).values())
 
 
-def test_precision_runs_all_that_comes_from_embeddings_and_says_why(replan: Replan) -> None:
-    plan = replan("embed.precision=bf16")
+@pytest.mark.parametrize("override, reason", [
+    ("embed.precision=bf16", "precision: fp32 -> bf16 (command line)"),
+    ("embed.decoding=draft", "decoding: exact -> draft (command line)")])
+def test_other_vectors_run_all_that_comes_from_them_and_say_why(replan: Replan, override: str, reason: str) -> None:
+    plan = replan(override)
     assert to_do(plan) == {"collect": 0, "embed": 24, "index": 12, "retrieve": 24, "score": 24}
     reasons = why(plan)
     of_embed = {reason for label, reason in reasons.items() if label.startswith("embed/")}
-    assert of_embed == {"precision: fp32 -> bf16 (command line)"}
+    assert of_embed == {reason}
     assert all("input changed" in reason for label, reason in reasons.items() if not label.startswith("embed/"))
 
 

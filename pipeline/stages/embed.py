@@ -26,7 +26,7 @@ from pipeline.embeddings import read_table, shard_facts, write_shard
 from pipeline.encoders import Encoder, load_encoder
 from pipeline.encoding import Encoding, batch_size, require, unit_vectors
 from pipeline.images import Flaw, ImageStore
-from pipeline.loading import DRAFT, EXACT, Batch, Source, batches, num_loaders
+from pipeline.loading import DRAFT, Batch, Source, batches, num_loaders
 from pipeline.support.errors import UserError
 from pipeline.support.loaders import let_waiting_threads_sleep
 from pipeline.support.progress import Landed
@@ -47,7 +47,7 @@ class Params(artifacts.Params):
     precision: str
     storage: str
     instruction: str
-    decoding: str = EXACT
+    decoding: str
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
@@ -28,13 +28,14 @@ def made_ahead(tasks: Iterable[Callable[[], Result]], most: int = 4) -> Iterator
                 future.cancel()
 
 
-def read_ahead(items: Iterator[Result]) -> Iterator[Result]:
-    """The same items; the next one is fetched, by a thread of its own, while the caller works on the present one."""
-    def following() -> list[Result]:
-        return [item for _, item in zip(range(1), items)]
-
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(following)
-        while found := coming.result():
-            coming = reader.submit(following)
-            yield found[0]
+def read_ahead(items: Iterator[Result], count: int = 1) -> Iterator[Result]:
+    """The same items; the next `count` are fetched, by one other thread, while the caller works on the present one."""
+    end: Any = object()
+    reader = ThreadPoolExecutor(1)
+    try:
+        coming = deque(reader.submit(next, items, end) for _ in range(count))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(reader.submit(next, items, end))
+            yield item
+    finally:
+        reader.shutdown(cancel_futures=True)

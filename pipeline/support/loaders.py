@@ -6,12 +6,8 @@ import os
 import pickle
 import signal
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from collections.abc import Sequence
+from typing import Any
 
 
 def as_bytes(rows: Sequence[Any]) -> bytes:
@@ -39,16 +35,3 @@ def one_deaf_thread(number: int) -> None:
     one_thread(number)
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-
-
-def ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """The same items, up to `count` of them taken ahead by a thread: what arrives is unpacked during other work."""
-    end: Any = object()
-    pool = ThreadPoolExecutor(1)
-    try:
-        coming = deque(pool.submit(next, items, end) for _ in range(count))
-        while (item := coming.popleft().result()) is not end:
-            coming.append(pool.submit(next, items, end))
-            yield item
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -100,7 +100,7 @@ def _row(root: Path, work: str, options: Options, turns: dict[str, list[Process]
 
 
 def store(root: Path, name: str) -> Artifact:
-    return Artifact(root, name, Identity("embed", 1, embed.Params({"name": name}, "fp32", "float16", ""), {}))
+    return Artifact(root, name, Identity("embed", 1, embed.Params({"name": name}, "fp32", "float16", "", "exact"), {}))
 
 
 def write_data(folder: str, num_rows: str, num_queries: str, dimension: str, with_npy: str) -> None:
