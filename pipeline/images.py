@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.support.cache import user_cache
 from pipeline.support.errors import UserError
 from pipeline.tar_archive import Member, TarArchive
 
@@ -73,7 +74,7 @@ class ImageStore:
         self._root = os.path.realpath(root)
         self._allowed = tuple(os.path.join(os.path.realpath(self._below_root(directory)), "")
                               for directory in (".", *trusted_roots))
-        self._cache_dir = Path(os.path.abspath(cache_dir)) if cache_dir else _user_cache()
+        self._cache_dir = Path(os.path.abspath(cache_dir)) if cache_dir else user_cache("archives")
         self._archives = tuple(TarArchive(self._below_root(name), self._cache_dir) for name in archives)
         self._known_archives: dict[str, TarArchive] = {}
         self._known_directories: dict[str, str] = {}
@@ -155,10 +156,6 @@ def _member(archive: TarArchive, name: str, reference: str) -> _Place | None:
     if member and member.size < 0:
         raise Flaw("missing_image", f"{reference}: a link or special file in the archive, not followed")
     return _Place(archive.path, member.size, archive, member) if member else None
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plumbline" / "archives"
 
 
 def _refuse_malformed(reference: str) -> None:

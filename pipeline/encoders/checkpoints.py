@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.support.cache import user_cache
 from pipeline.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def find_file(name: str, kind: str) -> Path:
 def weights_hash(path: Path, cache_dir: Path | None = None) -> str:
     """`sha256:<64 hex>` of the file's bytes, remembered in `cache_dir` (default: the user's own cache)."""
     path = find_file(str(path), "weights file").resolve()
-    folder = cache_dir if cache_dir is not None else _user_cache()
+    folder = cache_dir if cache_dir is not None else user_cache("weights")
     note = folder / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
     stamp = _stamp(path)
     known = _read_note(note)
@@ -66,10 +67,6 @@ def _stamp(path: Path) -> list[int]:
     """Inode, size, and the times of the last change of content and of the file itself (ns)."""
     status = path.stat()
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "plumbline" / "weights"
 
 
 def _read_note(note: Path) -> dict[str, Any]:

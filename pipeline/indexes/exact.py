@@ -13,7 +13,9 @@ Shapes: N rows (W of a window), Q queries (B of a block), K hits, D dimensions.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +35,8 @@ from pipeline.support.errors import UserError, nearest
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger("pipeline")
+
 KERNELS = ("auto", "native", "torch")
 _WORTH_COMPILING = 1e11  # multiplications: some seconds, as long as compiling takes
 
@@ -46,19 +50,23 @@ def exact_search(queries_QD: np.ndarray, blocks: Iterable[tuple[Any, ...]], id_o
     `coarse`, `kernel` and `memory_bytes` change the speed, never a hit. UserError if a vector is not finite or the
     dimensions differ.
     """
-    import torch
-
     if queries_QD.shape[1] != statistics.dimension:
         raise UserError(f"queries have {queries_QD.shape[1]} dimensions, the pool has {statistics.dimension}",
                         do="queries and candidates must come from one encoder")
     assert k > 0 and len(id_order_N) < 2**31, (k, len(id_order_N))
+    chosen = choose_kernel(kernel, device, coarse, work=queries_QD.size * len(id_order_N))
+    return _search(queries_QD, blocks, id_order_N, k, statistics, device, coarse, chosen, memory_bytes)
+
+
+def _search(queries_QD: np.ndarray, blocks: Iterable[tuple[Any, ...]], id_order_N: np.ndarray, k: int,
+            statistics: Statistics, device: str, coarse: str, kernel: Kernel, memory_bytes: int) -> Hits:
+    import torch
+
     stored_QD = as_tensor(queries_QD, device)
     norms_Q = score.norms(stored_QD)
     refuse_unless_finite(norms_Q.cpu().numpy(), [f"query number {number}" for number in range(len(norms_Q))])
-    sound_QD, mean_D = stored_QD[norms_Q > 0], torch.from_numpy(statistics.mean_D).to(stored_QD.device)
-    chosen = choose_kernel(kernel, device, coarse, work=len(sound_QD) * queries_QD.shape[1] * len(id_order_N))
-    sizes = Sizes.within(memory_bytes, queries_QD.shape[1], k)
-    search = Search(sound_QD, norms_Q[norms_Q > 0], k, mean_D, coarse, chosen, sizes)
+    mean_D, sizes = torch.from_numpy(statistics.mean_D), Sizes.within(memory_bytes, queries_QD.shape[1], k)
+    search = Search(stored_QD[norms_Q > 0], norms_Q[norms_Q > 0], k, mean_D.to(device), coarse, kernel, sizes)
     with coarse_pass.full_precision():
         lowest_K = _scan(search, blocks, id_order_N)
     keys_QK = torch.empty(len(norms_Q), k, dtype=torch.int64, device=stored_QD.device)
@@ -76,12 +84,28 @@ def choose_kernel(name: str, device: str, coarse: str, work: float) -> Kernel:
                         nearest(name, KERNELS) or f"one of {', '.join(KERNELS)}")
     is_possible = name != "torch" and torch.device(device).type == "cpu"
     library = native.load_if(name == "native" or work > _WORTH_COMPILING) if is_possible else None
-    if library is not None and NativeKernel.can(coarse, library):
+    if library is not None and NativeKernel.can(coarse, library) and _is_sound(library):
         return NativeKernel(library)
     if name == "native":
         raise UserError(f"there is no native kernel here for retrieve.device={device}, retrieve.coarse={coarse}",
                         "retrieve.kernel", "see the log; retrieve.kernel=auto takes torch instead")
     return TorchKernel()
+
+
+@lru_cache(maxsize=1)
+def _is_sound(library: native.Native) -> bool:
+    """Whether this build finds here what torch finds: compilers and processors are trusted only after a look."""
+    random = np.random.default_rng(0)
+    vectors_ND, queries_QD = random.standard_normal((300, 70)), random.standard_normal((70, 70))
+    statistics = Statistics.of([(0, range(300), vectors_ND.astype(np.float32))], 70)
+    for coarse in filter(partial(NativeKernel.can, native=library), ("float32", "bfloat16")):
+        ours, expected = (
+            _search(queries_QD.astype(np.float32), [(0, vectors_ND.astype(np.float16))], np.arange(300), 10,
+                    statistics, "cpu", coarse, kernel, 1 << 24) for kernel in (NativeKernel(library), TorchKernel()))
+        if not (np.array_equal(ours.rows_QK, expected.rows_QK) and np.array_equal(ours.scores_QK, expected.scores_QK)):
+            log.warning("exact search: torch; the native kernel (%s, %s) gives wrong hits here", library.unit, coarse)
+            return False
+    return True
 
 
 def _scan(search: Search, blocks: Iterable[tuple[Any, ...]], id_order_N: np.ndarray) -> torch.Tensor:

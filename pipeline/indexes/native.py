@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pipeline.support.cache import user_cache
 from pipeline.support.errors import UserError, nearest
 
 log = logging.getLogger("pipeline")
@@ -80,16 +81,24 @@ def _address(value: Any) -> Any:
 def load() -> Native | None:
     """The build for the best unit of this processor that the environment allows; None, with the reason logged."""
     for unit in available_units():
-        path = built(unit)
-        if path is None:
+        native = _opened(unit)
+        if native is None:
             return None
-        native = Native(unit, path)
         if native("start") == 0:
             log.info("exact search: native kernel (%s)", unit)
             return native
         log.info("the system does not let this process use %s", unit)
     log.info("exact search: torch; the native kernel needs an x86 processor with AVX2 (%s caps what is used)", VARIABLE)
     return None
+
+
+def _opened(unit: str) -> Native | None:
+    path = built(unit)
+    try:
+        return None if path is None else Native(unit, path)
+    except OSError as error:  # a cache on a disk from which nothing may be run, or made for another system
+        log.warning("exact search: torch; the native kernel cannot be loaded: %s", error)
+        return None
 
 
 def load_if(worth_compiling: bool) -> Native | None:
@@ -99,7 +108,10 @@ def load_if(worth_compiling: bool) -> Native | None:
 
 def _is_built() -> bool:
     units, compiler = available_units(), _compiler()
-    return bool(units and compiler and _target(compiler, tuple(flags(units[0])), (), units[0]).exists())
+    try:
+        return bool(units and compiler and _target(compiler, tuple(flags(units[0])), (), units[0]).exists())
+    except (OSError, subprocess.SubprocessError):  # no place to keep one
+        return False
 
 
 def available_units() -> list[str]:
@@ -162,7 +174,7 @@ def _target(compiler: str, options: tuple[str, ...], headers: tuple[Path, ...], 
 
 def _cache() -> Path:
     """A directory that nobody else can write to: what lies there is run."""
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plumbline" / "native"
+    directory = user_cache("native")
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:

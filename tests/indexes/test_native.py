@@ -109,6 +109,40 @@ def test_a_cache_that_others_can_write_to_is_not_used(monkeypatch: pytest.Monkey
         native._target.cache_clear()
 
 
+@needs_compiler
+def test_a_library_that_cannot_be_loaded_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                         caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "native.so").write_bytes(b"made for another system")
+    monkeypatch.setattr(native, "built", lambda unit: tmp_path / "native.so")
+    assert isinstance(exact.choose_kernel("auto", "cpu", "auto", work=1e20), TorchKernel)
+    assert "cannot be loaded" in caplog.text
+
+
+@needs_compiler
+def test_no_place_for_a_cache_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    native._target.cache_clear()
+    try:
+        for work in (1e6, 1e20):
+            native.load.cache_clear()
+            assert isinstance(exact.choose_kernel("auto", "cpu", "auto", work), TorchKernel)
+    finally:
+        native._target.cache_clear()
+
+
+@needs_compiler
+def test_a_build_that_gives_wrong_hits_is_not_used(monkeypatch: pytest.MonkeyPatch,
+                                                   caplog: pytest.LogCaptureFixture) -> None:
+    exact._is_sound.cache_clear()
+    try:
+        monkeypatch.setattr(NativeKernel, "attempt", lambda self, search, window, part: True)  # finds nothing
+        assert isinstance(exact.choose_kernel("auto", "cpu", "auto", work=1e20), TorchKernel)
+        assert "gives wrong hits" in caplog.text
+    finally:
+        exact._is_sound.cache_clear()
+
+
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("dtype", ("float16", "float32"))
 def test_norms_and_statistics_have_the_same_bits(unit: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
