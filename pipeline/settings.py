@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
-from pipeline import indexes
-from pipeline import loading
+from pipeline import indexes, loading
 from pipeline.stages import collect, embed, index, retrieve
 from pipeline.support.errors import UserError, nearest
 from pipeline.training import settings as training

@@ -10,12 +10,13 @@ Shapes: Q queries, M metrics, B resamples.
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
+import pyarrow as pa
+
+from pipeline.support.ahead import made_ahead
 
 _DRAWN_AT_ONCE = 1 << 21
 _ONE_THREAD = 1 << 18  # multiplications; of larger products OpenBLAS makes its threads wait for each other
@@ -43,16 +44,9 @@ def _resampled_means(values_QM: np.ndarray, resamples: int, seed: int) -> np.nda
     away_QM = values_MQ.T - mean_M
     grid_M = _grid(away_QM, mean_M)
     whole_QM = np.rint(away_QM / grid_M)
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    sums: list[np.ndarray] = []
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[np.ndarray]] = deque()
-        for drawn_BQ in _draws(len(values_QM), resamples, seed):
-            waiting.append(pool.submit(_sums, drawn_BQ, whole_QM))
-            if len(waiting) > threads:
-                sums.append(waiting.popleft().result())
-        sums.extend(future.result() for future in waiting)
-    return mean_M + np.concatenate(sums) * grid_M / len(values_QM)
+    draws = _draws(len(values_QM), resamples, seed)
+    sums = made_ahead((partial(_sums, drawn_BQ, whole_QM) for drawn_BQ in draws), most=pa.cpu_count())
+    return mean_M + np.concatenate(list(sums)) * grid_M / len(values_QM)
 
 
 def _grid(away_QM: np.ndarray, mean_M: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ B hits of a block of it, S queries with hits, F relevant hits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import starmap
 from typing import NamedTuple, TypeVar
 
@@ -22,9 +22,10 @@ import pyarrow.compute as pc
 
 from pipeline.metrics.judged import Judged, Ranked
 from pipeline.metrics.matching import Part, twins
-from pipeline.metrics.numbers import Numbered, exact_numbers, hashes
+from pipeline.metrics.identifiers import Numbered, exact_numbers, hashes
 from pipeline.metrics.order import is_in_order, positions, refuse_disorder, strings
 from pipeline.metrics.relevance import Relevant, relevant_of
+from pipeline.support.ahead import made_ahead
 from pipeline.support.errors import UserError
 
 BLOCK_HITS = 1 << 17  # smaller ones spend their time on calls, larger ones outside of the processor's caches
@@ -114,8 +115,7 @@ def in_threads(work: Callable[[int, int], Result], ranges: Sequence[tuple[int, i
     """NumPy and Arrow let other threads run while they work on arrays as long as these."""
     if len(ranges) < 2:
         return list(starmap(work, ranges))
-    with ThreadPoolExecutor(min(pa.cpu_count(), len(ranges))) as pool:
-        return list(pool.map(work, *zip(*ranges)))
+    return list(made_ahead((partial(work, *each) for each in ranges), most=pa.cpu_count()))
 
 
 def _relevant_hits(candidates: Numbered, edge_S: np.ndarray, query_S: np.ndarray,

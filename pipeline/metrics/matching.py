@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.metrics.numbers import ONE
+from pipeline.metrics.identifiers import ONE
 
 _PLACE_BITS = 23  # below ONE are 24: the topmost tells the second part from the first
 _WASTE = 4  # padding may make an array so many times longer, no more

@@ -1,7 +1,7 @@
 """The order of a run: each query's hits together, ranked 1, 2, 3, ...
 
-`checked_order` refuses a run that is not in order, so that whoever reads it may rely on it; `order_run`
-brings a foreign run into order by its scores, under this project's rule for ties or under trec_eval's.
+`refuse_disorder` names what is wrong with a run that is not; `order_run` brings a foreign run into order by its
+scores, under this project's rule for ties or under trec_eval's.
 
 Shapes: H hits (rows of the run), S queries with hits, Q queries.
 """

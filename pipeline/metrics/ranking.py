@@ -106,10 +106,6 @@ class Metric:
     def __str__(self) -> str:
         return self.name if self.k is None else f"{self.name}@{self.k}"
 
-    def __call__(self, judged: Judged) -> np.ndarray:
-        """float64 [Q]"""
-        return known_metrics()[self.name](judged, self.k)
-
 
 def known_metrics() -> dict[str, Callable[[Judged, int | None], np.ndarray]]:
     """Every metric by name: the public functions of this module that take (judged, k)."""

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipeline.metrics.judged import Ranked
 from pipeline.metrics.matching import Part, twins
-from pipeline.metrics.numbers import hashes
+from pipeline.metrics.identifiers import hashes
 from pipeline.metrics.order import places, positions, starts, strings
 
 

@@ -28,7 +28,7 @@ from pipeline.significance import bootstrap_interval
 from pipeline.support.ahead import made_ahead
 from pipeline.support.errors import UserError
 from pipeline.support.progress import Landed
-from pipeline.tables import RUN, per_query_schema
+from pipeline.tables import per_query_schema
 
 VERSION = 2
 SCORES = "scores.json"
@@ -94,11 +94,6 @@ def run_tables(artifact: Artifact, columns: Sequence[str] | None = None) -> Iter
     files = [entry["file"] for entry in artifact.manifest()["files"] if entry["file"].startswith("run-")]
     yield from made_ahead(partial(read_table, artifact.path(file), artifact.fingerprint, columns,
                                   coded=["query_id", "candidate_id"]) for file in files)
-
-
-def run_table(artifact: Artifact) -> pa.Table:
-    """All shards of a run, its ids as plain strings."""
-    return pa.concat_tables(table.cast(RUN) for table in run_tables(artifact))
 
 
 def _score(job: Job, query_ids: pa.ChunkedArray, pools: _Pools) -> tuple[dict[str, Any], pa.Table]:

@@ -1,4 +1,4 @@
-"""Results in order, made ahead of their use by threads: for reading, which waits for disks and leaves Python's lock."""
+"""Results in order, made ahead of their use by threads: for what leaves Python's lock, as reading and arithmetic do."""
 
 from __future__ import annotations
 

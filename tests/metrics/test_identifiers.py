@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.metrics import numbers
-from pipeline.metrics.numbers import ONE, Numbered, exact_numbers, hashes
+from pipeline.metrics import identifiers
+from pipeline.metrics.identifiers import ONE, Numbered, exact_numbers, hashes
 
 untimed = settings(deadline=None, max_examples=60)
 texts = st.lists(st.one_of(st.text(max_size=20), st.sampled_from(["", "a", "a\0", "9:1", "x" * 300])), max_size=12)
@@ -62,7 +62,7 @@ def test_a_dictionary_longer_than_its_chunk_is_left_alone(monkeypatch: pytest.Mo
         hashed.append(len(ids))
         return hashes(ids)
 
-    monkeypatch.setattr(numbers, "hashes", noting)
+    monkeypatch.setattr(identifiers, "hashes", noting)
     dictionary = pa.array([f"c{number}" for number in range(1000)])
     chunks = [pa.DictionaryArray.from_arrays(pa.array([first, first + 1], pa.int32()), dictionary)
               for first in range(0, 10, 2)]
@@ -81,13 +81,13 @@ def test_one_long_identifier_does_not_widen_all_others(monkeypatch: pytest.Monke
     strings = [f"c{number}" for number in range(5000)]
     strings[1234] = "long" * 10_000
     padded: list[int] = []
-    rpad = numbers.pc.ascii_rpad
+    rpad = identifiers.pc.ascii_rpad
 
     def noting(ids: pa.Array, width: int, padding: str) -> pa.Array:
         padded.append(len(ids) * width)
         return rpad(ids, width, padding)
 
-    monkeypatch.setattr(numbers.pc, "ascii_rpad", noting)
+    monkeypatch.setattr(identifiers.pc, "ascii_rpad", noting)
     together = hashes(pa.array(strings))
     assert sum(padded) < 500_000
     assert together[[0, 1234, 4999]].tolist() == [

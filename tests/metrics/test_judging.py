@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.metrics import judging, numbers
+from pipeline.metrics import identifiers, judging
 from pipeline.metrics.judging import judge
 from pipeline.metrics.ranking import Judged
 from pipeline.support.errors import UserError
@@ -77,7 +77,7 @@ def test_every_hit_has_the_relevance_it_was_judged_to_have(run: Run, qrels: Qrel
 
 @pytest.fixture(params=[0, 1 << 61, (1 << 40) + 1], ids=["no hash at all", "three bits", "the first bytes"])
 def poor_hash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(numbers, "_ODD", request.param)
+    monkeypatch.setattr(identifiers, "_ODD", request.param)
     yield
 
 

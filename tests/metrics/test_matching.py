@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.metrics import matching
 from pipeline.metrics.matching import Part, twins
-from pipeline.metrics.numbers import ONE
+from pipeline.metrics.identifiers import ONE
 
 Rows = list[list[int]]
 

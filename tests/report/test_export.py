@@ -22,8 +22,9 @@ from pipeline.report.retrieved import write_retrieved
 from pipeline.report.tables import score_rows
 from pipeline.report.trec import read_trec_run
 from pipeline.report.uniir import metric_name, result_table, task_number
-from pipeline.stages.score import Job, run_table, tables_of
+from pipeline.stages.score import Job, tables_of
 from pipeline.tables import CANDIDATES, QRELS, QUERIES, RUN, Candidate, Qrel, Query, table_of
+from tests.runs import run_table
 
 DEPTH = 7
 TASKS = ["quiz_task6", "digits_task3"]

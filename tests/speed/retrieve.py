@@ -22,7 +22,8 @@ import numpy as np
 from pipeline import indexes
 from pipeline.artifacts import Artifact, Identity, shard_file
 from pipeline.embeddings import EmbeddingStore, write_shard
-from pipeline.stages import embed, index, retrieve, score
+from pipeline.stages import embed, index, retrieve
+from tests.runs import run_table
 from tests.speed.comparison import (Process, Row, alone, at_least_one, disk_flaw, memory_flaw, one_of,
                                     peak_of, processes_by_turns, seconds_of)
 from tests.speed.synthetic import Generator, alike
@@ -137,7 +138,7 @@ def ours(root: str, work: str, depth: str, memory_gb: str, device: str, kernel: 
     job = retrieve.Job(Artifact(Path(work), "run", identity), queries, num_shards, (member,))
     list(retrieve.make([(job, unit) for unit in retrieve.units(job)], runtime))
     job.artifact.seal(retrieve.facts(job, runtime))
-    (Path(work) / "ids.json").write_text(json.dumps(score.run_table(job.artifact)["candidate_id"].to_pylist()))
+    (Path(work) / "ids.json").write_text(json.dumps(run_table(job.artifact)["candidate_id"].to_pylist()))
 
 
 def uniir(root: str, work: str, depth: str, *_: str) -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from pipeline.artifacts import Artifact, Identity
 from pipeline.embeddings import EmbeddingStore, read_table, vectors_of
-from pipeline.stages import index, retrieve, score
+from pipeline.stages import index, retrieve
 from pipeline.support.errors import UserError
+from tests.runs import run_table
 from tests.test_embeddings import make_store
 
 RANDOM = np.random.default_rng(3)
@@ -56,7 +57,7 @@ def search(root: Path, pools: dict[str, np.ndarray], queries_QD: np.ndarray, fac
 
 def hits_of(run: Artifact) -> dict[str, Hits]:
     found: dict[str, Hits] = {}
-    for row in score.run_table(run).to_pylist():
+    for row in run_table(run).to_pylist():
         hits = found.setdefault(row["query_id"], [])
         hits.append((row["candidate_id"], row["score"]))
         assert row["rank"] == len(hits)

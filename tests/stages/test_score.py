@@ -17,6 +17,7 @@ from pipeline.stages import score
 from pipeline.support.errors import UserError
 from pipeline.tables import RUN
 from pipeline.workers import run_stage
+from tests.runs import run_table
 from tests.small_mbeir import SmallMbeir
 
 NAMES = {"hit@5": "success_5", "recall@10": "recall_10", "precision@5": "P_5", "mrr": "recip_rank", "map": "map",
@@ -37,7 +38,7 @@ def test_every_query_agrees_with_pytrec_eval(cell: Callable[[str, str], Scored],
     for row in read_table(job.task.path("qrels.parquet"), job.task.fingerprint).to_pylist():
         qrels.setdefault(row["query_id"], {})[row["candidate_id"]] = row["relevance"]
     run: dict[str, dict[str, float]] = {}
-    for row in score.run_table(job.run).to_pylist():  # rank as score: pytrec_eval must not break our ties its own way
+    for row in run_table(job.run).to_pylist():  # rank as score: pytrec_eval must not break our ties its own way
         run.setdefault(row["query_id"], {})[row["candidate_id"]] = 1000.0 - row["rank"]
     measures = {"success", "recall", "P", "recip_rank", "map", "ndcg_cut"}
     theirs = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run)
@@ -74,7 +75,7 @@ def test_wrong_modality_is_the_share_of_first_candidates(
     job = cell("scenes_task3", "union").job  # seeks text
     pools = [score.tables_of(pool, ["candidate_id", "modality"]).to_pylist() for pool in job.pools]
     modality = {row["candidate_id"]: row["modality"] for pool in pools for row in pool}
-    first = [row["candidate_id"] for row in score.run_table(job.run).to_pylist() if row["rank"] == 1]
+    first = [row["candidate_id"] for row in run_table(job.run).to_pylist() if row["rank"] == 1]
     expected = np.mean([modality[candidate] != "text" for candidate in first])
     assert job.artifact.manifest()["scores"]["wrong_modality_at_1"] == pytest.approx(expected)
 
@@ -104,7 +105,7 @@ def test_a_run_is_the_same_in_parts_and_as_a_whole(cell: Callable[[str, str], Sc
     run = cell("quiz_task8", "union").job.run
     parts = list(score.run_tables(run, ["query_id", "rank", "candidate_id"]))
     joined = pa.concat_tables(part.cast(pa.schema([RUN.field(name) for name in part.column_names])) for part in parts)
-    assert joined.equals(score.run_table(run).select(["query_id", "rank", "candidate_id"]))
+    assert joined.equals(run_table(run).select(["query_id", "rank", "candidate_id"]))
 
 
 def test_first_candidates_that_the_pools_lack_are_refused_with_their_number(cell: Callable[[str, str], Scored]) -> None:
