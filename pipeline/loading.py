@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -176,10 +176,11 @@ def _item(images: ImageStore, row: Mapping[str, Any], prompt: int | None,
             data, flaw = b"", found
             if not text:
                 return None, data, flaw
-    return Item(text if text or image else "", image, instruction, row["text"]), data, flaw
+    role: Literal["query", "candidate"] = "query" if "query_id" in row else "candidate"
+    return Item(text if text or image else "", image, instruction, row["text"], role), data, flaw
 
 
 def _digest(item: Item, data: bytes) -> bytes:
     """16 bytes that tell items apart: all that an encoder is given, the image by its encoded bytes."""
-    head = json.dumps([item.text, item.instruction, item.bare_text, item.image is not None]).encode()
+    head = json.dumps([item.text, item.instruction, item.bare_text, item.role, item.image is not None]).encode()
     return sha256(len(head).to_bytes(8) + head + data).digest()[:16]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from pipeline.support.plugins import load_plugin
 
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 class Item:
     """What is encoded into one vector. `text` is the final text, its instruction included.
 
-    `instruction` and `bare_text` are the same text in two parts, for encoders with a template of their own.
+    `instruction` and `bare_text` are the same text in two parts, for encoders with a template of their own; `role` is
+    for those that encode what is asked otherwise than what is found.
     """
 
     text: str | None
     image: Image | None
     instruction: str | None = None
     bare_text: str | None = None
+    role: Literal["query", "candidate"] = "candidate"
 
 
 class Encoder(Protocol):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.encoders import Item
 from pipeline.encoders.clip_texts import text_positions
 from pipeline.encoders.clip_towers import ClipEncoder, Prepared, new_model
+from pipeline.encoders.precision import arithmetic
 from pipeline.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class FeatureFusionEncoder(ClipEncoder):
 
         if not batch:
             return torch.zeros(0, self.dimension, device=self.device)
-        with self._arithmetic():
+        with arithmetic(self.device, self.precision):
             texts_BLD = self._positions([each.tokens for each in batch], self.no_text, self._text_positions,
                                         lambda tokens_BL: tokens_BL.to(self.device, non_blocking=True))
             images_BPD = self._positions([each.pixels for each in batch], self.no_image, self._image_positions,

@@ -3,9 +3,7 @@
 A text is encode_text, an image is encode_image, both together are the plain sum of the two: nothing is
 normalised. Only the towers an item needs are run, and texts are cut where that is exact.
 
-Precision: fp32 is exact (no TF32); bf16 and fp16 are autocast over fp32 weights, as these models were trained
-and as UniIR evaluates. The trade: weights stay fp32 in memory, so that norms and the text tower's sums lose
-no digits.
+The trade: weights stay fp32 in memory under every precision, so that norms and the text tower's sums lose no digits.
 """
 
 # Shapes: B items, L tokens, D dimensions of a vector.
@@ -16,7 +14,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -24,13 +22,13 @@ from pipeline.encoders import Item
 from pipeline.encoders.checkpoints import find_file
 from pipeline.encoders.clip_images import ImageInput
 from pipeline.encoders.clip_texts import encode_short_texts, needed_length, new_tokenizer
+from pipeline.encoders.precision import arithmetic, check_precision
 from pipeline.support.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-PRECISIONS = ("fp32", "bf16", "fp16")
 # On a CPU no intermediate result is larger: beyond, glibc gives each its own mapping, and every page costs a fault.
 _MOST_BYTES = 13 * 2**20
 
@@ -110,8 +108,7 @@ class ClipEncoder:
     def __init__(self, architecture: Mapping[str, Any], model: Any, device: str, precision: str,
                  preprocess: Mapping[str, Any] | None = None):
         """`preprocess`: what differs from open_clip's default image transform (mean, std, ...)."""
-        if precision not in PRECISIONS:
-            raise UserError(f"precision '{precision}' is not known", None, f"one of: {', '.join(PRECISIONS)}")
+        check_precision(precision)
         self.dimension: int = architecture["embed_dim"]
         self.device, self.precision = device, precision
         self.model = model.to(device).eval()
@@ -158,7 +155,7 @@ class ClipEncoder:
         import torch
 
         vectors_BD = torch.zeros(len(batch), self.dimension, device=self.device)
-        with self._arithmetic():
+        with arithmetic(self.device, self.precision):
             for field, tower in enumerate((self._encode_texts, self._encode_images)):
                 rows = [row for row, prepared in enumerate(batch) if prepared[field] is not None]
                 if rows:
@@ -166,16 +163,6 @@ class ClipEncoder:
                     outputs = tower(inputs).float()
                     vectors_BD = vectors_BD.index_add(0, torch.tensor(rows, device=self.device), outputs)
         return vectors_BD
-
-    def _arithmetic(self) -> AbstractContextManager[Any]:
-        import torch
-
-        kind = torch.device(self.device).type
-        if self.precision != "fp32":
-            return torch.autocast(kind, dtype=torch.bfloat16 if self.precision == "bf16" else torch.float16)
-        if kind == "cuda":  # cuDNN would run the patch convolution in TF32, three digits short of fp32
-            return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        return nullcontext()
 
     def _encode_images(self, pixels_BHWC: Tensor) -> Tensor:
         def run(part: Tensor) -> Tensor:

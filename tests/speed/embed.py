@@ -25,6 +25,7 @@ import numpy as np
 
 from pipeline.embeddings import write_table
 from pipeline.encoders import clip_towers, open_clip
+from pipeline.encoders.precision import arithmetic
 from pipeline.encoding import Encoding
 from pipeline.images import ImageStore
 from pipeline.loading import EXACT, Source, batches, num_loaders
@@ -181,7 +182,7 @@ def forward(encoder: Any, ready: Sequence[Any]) -> tuple[float, np.ndarray]:
     started = time.perf_counter()
     is_half_on_cpu = encoder.precision != "fp32" and encoder.device == "cpu"
     with torch.inference_mode(), clip_towers._positions_first(encoder.model) if is_half_on_cpu else nullcontext():
-        with encoder._arithmetic():
+        with arithmetic(encoder.device, encoder.precision):
             found = [encoder._in_parts(encoder.model.encode_image, pixels, encoder._image_length,
                                        4 * encoder._widths[1]).float().cpu().numpy() for pixels in ready]
     return time.perf_counter() - started, np.concatenate(found)
