@@ -22,7 +22,9 @@ from pipeline.artifacts import atomic_path
 from pipeline.benchmarks import Benchmark, Task
 from pipeline.encoders import load_encoder
 from pipeline.images import ImageStore
-from pipeline.pieces import CONFIGS, EncoderChoice, benchmark_piece, encoder_pieces, find, task_names
+from pipeline.pieces import (
+    CONFIGS, EncoderChoice, EncoderPiece, benchmark_piece, encoder_pieces, find, task_names,
+)
 from pipeline.settings import Settings, TaskSettings
 from pipeline.sources import Source, read_command_line, read_file
 from pipeline.support.errors import UserError, nearest
@@ -74,17 +76,16 @@ def load(experiment: str, overrides: Sequence[str] = (), kind: str = "experiment
     for key in ("benchmark", "encoders"):
         if key not in chosen:
             raise UserError(f"the experiment names no {key}", str(path), f"add a line like: {key}: ...")
-    pieces = [benchmark_piece(*chosen["benchmark"]), *(encoder_pieces(*chosen["encoders"]))]
-    modules = {name: module for name, module, _ in pieces[1:]}
-    if len(modules) < len(pieces) - 1:
-        names = [name for name, _, _ in pieces[1:]]
+    benchmark, encoders = benchmark_piece(*chosen["benchmark"]), list(encoder_pieces(*chosen["encoders"]))
+    names = [encoder.name for encoder in encoders]
+    if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two encoders are named '{twice}'", str(path), "rename one of the files")
     schema = _skeleton(Settings)
-    schema.encoders = {name: _skeleton(load_encoder(module).Params) for name, module in modules.items()}
-    schema.benchmark.tasks = {name: _skeleton(TaskSettings) for name in task_names(pieces[0][2])}
-    origins = _merge(schema, [read_file(_BASE), *(source for _, _, source in pieces), *told])
-    return _experiment(schema, path, modules, origins)
+    schema.encoders = {encoder.name: _skeleton(load_encoder(encoder.module).Params) for encoder in encoders}
+    schema.benchmark.tasks = {name: _skeleton(TaskSettings) for name in task_names(benchmark)}
+    origins = _merge(schema, [read_file(_BASE), benchmark, *(encoder.source for encoder in encoders), *told])
+    return _experiment(schema, path, encoders, origins)
 
 
 def _skeleton(kind: type[Any]) -> DictConfig:
@@ -130,7 +131,8 @@ def _mistake(schema: DictConfig, key: str, value: Any, where: str, error: Except
     return UserError(f"{key}: {value!r} does not fit: {str(error).splitlines()[0]}", where)
 
 
-def _experiment(schema: DictConfig, path: Path, modules: Mapping[str, str], origins: Mapping[str, str]) -> Experiment:
+def _experiment(schema: DictConfig, path: Path, encoders: Sequence[EncoderPiece],
+                origins: Mapping[str, str]) -> Experiment:
     try:
         settings = OmegaConf.to_object(schema)
     except OmegaConfBaseException as error:
@@ -140,7 +142,8 @@ def _experiment(schema: DictConfig, path: Path, modules: Mapping[str, str], orig
     experiment = Experiment(
         name=settings.name or path.stem, settings=settings, benchmark=benchmark,
         tasks=_tasks(settings, benchmark, path),
-        encoders=tuple(EncoderChoice(name, module, settings.encoders[name]) for name, module in modules.items()),
+        encoders=tuple(EncoderChoice(encoder.name, encoder.module, settings.encoders[encoder.name], encoder.python)
+                       for encoder in encoders),
         resolved=OmegaConf.to_container(schema, resolve=True), origins=origins)  # type: ignore[arg-type]
     _check_pools(experiment, path)
     return experiment

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,15 @@ def require(encoder: Encoder, name: str, module: str, otherwise: str) -> None:
     if not hasattr(encoder, name):
         raise UserError(f"this encoder has no `{name}`", module,
                         f"see pipeline/encoders/__init__.py, or set {otherwise}")
+
+
+def require_modalities(encoder: Encoder, module: str, needed: Iterable[str], table: str) -> None:
+    """UserError unless the encoder takes every modality that the table has."""
+    lacking = sorted(set(needed) - encoder.modalities)
+    if lacking:
+        takes = ", ".join(map(repr, sorted(encoder.modalities)))
+        raise UserError(f"encoder {module} does not take '{lacking[0]}', which {table} has",
+                        do=f"it takes: {takes}; choose other tasks or pools")
 
 
 def without_exhaustion(run: Callable[[], np.ndarray]) -> np.ndarray | None:

@@ -177,9 +177,9 @@ class _Planner:
         collected = manifest_of(table.directory)
         inputs = {"table": collected["digest"], "images": collected["image_sizes"]}
         artifact = self.artifact("embed", name, params, inputs)
-        images = self.experiment.images
-        job: embed.Job = self.add("embed", embed.Job(artifact, table, encoder.module, encoder.params, images))
-        return job
+        job = embed.Job(artifact, table, encoder.module, encoder.params, self.experiment.images, encoder.python)
+        added: embed.Job = self.add("embed", job)
+        return added
 
     def identity(self, encoder: EncoderChoice) -> dict[str, Any]:
         if encoder.name not in self.identities:

@@ -25,6 +25,7 @@ def run_experiment(experiment: Experiment, command: Sequence[str], say: Say) -> 
     experiment.write(experiment.directory / "config.yaml")
     for encoder in experiment.encoders:  # weights that are missing are better known before millions of rows are read
         encoder.identity()
+        encoder.check_interpreter()
     outcomes: list[Outcome] = []
     with Tracker(experiment) as tracker:
         for stage in STAGES:

@@ -55,8 +55,8 @@ class Validator:
         """Called by all processes; the scores are given to the first one, to the others nothing."""
         module: Any = load_encoder(self.choice.module)
         name = f"{self.base.name}-{checkpoint.directory.name}"
-        encoder = EncoderChoice(name, self.choice.module,
-                                module.with_weights(self.choice.params, str(checkpoint.weights)))
+        encoder = replace(self.choice, name=name,
+                          params=module.with_weights(self.choice.params, str(checkpoint.weights)))
         trial, processes = replace(self.base, encoders=(encoder,)), self.processes
         log.info("validate  %s: %d tasks, pools: %s", checkpoint.directory.name, len(trial.tasks),
                  self.runtime.validation_pool)

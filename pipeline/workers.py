@@ -6,10 +6,8 @@ worker delays nobody for long. Two workers on one unit waste work and damage not
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +20,7 @@ from pipeline.benchmarks import load_adapter
 from pipeline.config import Experiment, part
 from pipeline.plan import MODULES, Plan, make_plan
 from pipeline.stages import STAGES
+from pipeline.support.children import ends_with_parent
 from pipeline.support.errors import NotReady, UserError
 from pipeline.support.progress import follow
 
@@ -134,7 +133,7 @@ def run_embed_processes(experiment: Experiment, command: Sequence[str], count: i
             environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
         share = ["--worker", f"{number}/{count}"]
         workers.append(subprocess.Popen([sys.executable, "-m", "pipeline", *command, *share], env=environment,
-                                        preexec_fn=_end_with_parent))
+                                        preexec_fn=ends_with_parent))
     try:
         codes = [worker.wait() for worker in workers]
     finally:  # interrupted: they must not go on without us
@@ -148,12 +147,6 @@ def run_embed_processes(experiment: Experiment, command: Sequence[str], count: i
     outcome.made, outcome.found, outcome.rows = before, outcome.found - before, rows
     outcome.seconds = time.monotonic() - started
     return outcome
-
-
-def _end_with_parent() -> None:
-    """Ask the system to end this child when its parent dies of a signal that leaves the parent no time (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG: prctl(2)
 
 
 def _missing(plan: Plan, stage: str) -> int:

@@ -23,10 +23,11 @@ from pipeline import artifacts
 from pipeline.artifacts import Artifact, shard_file, shard_number
 from pipeline.devices import resolve_device
 from pipeline.embeddings import read_table, shard_facts, write_shard
-from pipeline.encoders import Encoder, load_encoder
-from pipeline.encoding import Encoding, batch_size, require, unit_vectors
+from pipeline.encoders import load_encoder
+from pipeline.encoding import Encoding, batch_size, require, require_modalities, unit_vectors
 from pipeline.images import Flaw, ImageStore
 from pipeline.loading import DRAFT, Batch, Source, batches, num_loaders
+from pipeline.support.elsewhere import yielded_elsewhere
 from pipeline.support.errors import UserError
 from pipeline.support.loaders import let_waiting_threads_sleep
 from pipeline.support.progress import Landed
@@ -41,7 +42,7 @@ STORAGES = ("float16", "float32")
 
 @dataclass(frozen=True)
 class Params(artifacts.Params):
-    """`encoder` is the identity its module gives; `instruction` is "" for candidates, which never have one."""
+    """`encoder` is the identity its module gives; `instruction` is "" for candidates, which have none."""
 
     encoder: dict[str, Any]
     precision: str
@@ -67,11 +68,12 @@ class Job:
     module: str
     encoder_params: Any
     images: ImageStore
+    python: str | None = None
 
     @property
-    def encoder(self) -> tuple[str, Any, str]:
-        """Module, parameters and precision: jobs that share them share one encoder in memory."""
-        return self.module, self.encoder_params, self.artifact.params.precision
+    def encoder(self) -> tuple[str, Any, str, str | None]:
+        """Module, parameters, precision, interpreter: jobs that share them share one encoder in memory."""
+        return self.module, self.encoder_params, self.artifact.params.precision, self.python
 
     @property
     def shards(self) -> list[dict[str, Any]]:
@@ -116,12 +118,11 @@ def facts(job: Job, runtime: Runtime) -> dict[str, Any]:
 
 def accept(job: Job, runtime: Runtime) -> None:
     """Finished embeddings may have been made when more flaws were tolerated than now."""
-    flaws = job.artifact.manifest()["flaws"]
+    name, flaws = job.artifact.name, job.artifact.manifest()["flaws"]
     if flaws["count"] > runtime.max_flawed:
-        subject, listed = job.artifact.name, "\n".join(flaws["first"][:5])
-        raise UserError(f"{subject}: {flaws['count']} items have a broken image, {runtime.max_flawed} tolerated", do=(
-            f"{listed}\ntolerate them with embed.max_flawed={flaws['count']}, or mend the images and then: "
-            f"rm -r {job.artifact.directory}"))
+        raise UserError(f"{name}: {flaws['count']} items have a broken image, {runtime.max_flawed} tolerated", do=(
+            "\n".join(flaws["first"][:5]) + f"\ntolerate them with embed.max_flawed={flaws['count']}, or mend the "
+            f"images and then: rm -r {job.artifact.directory}"))
 
 
 def _flaws_in(job: Job, unit: str) -> list[str]:
@@ -138,19 +139,21 @@ def _too_many(flaws: Sequence[str], tolerated: int) -> UserError:
 
 
 def make(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
+    for (*_, python), group in groupby(work, key=lambda pair: pair[0].encoder):
+        call = list(group), runtime
+        yield from embed_here(*call) if python is None else yielded_elsewhere(python, f"{__name__}:embed_here", *call)
+
+
+def embed_here(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
+    """Make units of jobs that share one encoder, in this process."""
     let_waiting_threads_sleep()
-    for _, group in groupby(work, key=lambda pair: pair[0].encoder):
-        yield from _embed_with_one_encoder(list(group), runtime)
-
-
-def _embed_with_one_encoder(work: list[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
     encoding = _encoding(work, runtime)
     refused: list[str] = []
     shards: dict[int, _Shard] = {}
     num_items, num_shared = 0, 0
-    sources = [job.source(unit) for job, unit in work]
     loaders = num_loaders(runtime.loaders, sum(job.rows_of(unit) for job, unit in work))
-    for batch in batches(sources, encoding.encoder, encoding.size, loaders, runtime.share):
+    for batch in batches([job.source(unit) for job, unit in work], encoding.encoder, encoding.size, loaders,
+                         runtime.share):
         if batch.position not in shards:
             shards[batch.position] = _Shard(*work[batch.position], encoding, runtime.share)
             if runtime.share != "worker":  # or the vectors would depend on which shards came before
@@ -171,25 +174,19 @@ def _embed_with_one_encoder(work: list[tuple[Job, str]], runtime: Runtime) -> It
         raise _too_many(refused, runtime.max_flawed)
 
 
-def _encoding(work: list[tuple[Job, str]], runtime: Runtime) -> Encoding:
-    module, params, precision = work[0][0].encoder
+def _encoding(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Encoding:
+    module, params, precision, _ = work[0][0].encoder
     device = resolve_device(runtime.device)
     encoder: Any = load_encoder(module).build(params, device, precision)
     for job in {job.artifact.label: job for job, _ in work}.values():
-        _check_modalities(job, encoder)
+        needed = artifacts.read_manifest(job.table.directory)["modalities"]
+        require_modalities(encoder, module, needed, job.table.name)
         if job.artifact.params.decoding == DRAFT:
             require(encoder, "image_size", module, "embed.decoding=exact")
     if runtime.compile:
         require(encoder, "compile", module, "embed.compile=false")
         encoder.compile()
     return Encoding(encoder, module, batch_size(runtime.batch_size, encoder, device))
-
-
-def _check_modalities(job: Job, encoder: Encoder) -> None:
-    lacking = sorted(set(artifacts.read_manifest(job.table.directory)["modalities"]) - encoder.modalities)
-    if lacking:
-        raise UserError(f"encoder {job.module} does not take '{lacking[0]}', which {job.table.name} has",
-                        do=f"it takes: {', '.join(map(repr, sorted(encoder.modalities)))}; choose other tasks or pools")
 
 
 @dataclass

@@ -21,6 +21,7 @@ from pipeline.embeddings import EmbeddingStore, vectors_of
 from pipeline.encoders import Item
 from pipeline.loading import choose_prompts
 from pipeline.plan import make_plan
+from pipeline.run import run_experiment
 from pipeline.stages import embed
 from pipeline.support.errors import UserError
 from pipeline.workers import Share, run_stage
@@ -356,3 +357,44 @@ def test_a_device_that_is_too_small_for_a_batch_is_given_less(tmp_path: Path, mo
 
 def test_a_batch_size_may_be_left_to_be_found(tmp_path: Path) -> None:
     assert len(embedded(SmallMbeir(tmp_path).write(), "embed.batch_size=auto")["pool"][1]) == 4
+
+
+def _with_interpreter(small: SmallMbeir, python: str) -> None:
+    """The same encoder under the same name, run by an interpreter of its own."""
+    piece = small.experiment.parent / "tests_toy_encoder.yaml"
+    piece.write_text(f"encoder: tests.toy_encoder\npython: {python}\n")
+    small.experiment.write_text(small.experiment.read_text().replace("[tests.toy_encoder]", f"[{piece}]"))
+
+
+def test_an_encoder_may_have_an_interpreter_of_its_own(tmp_path: Path) -> None:
+    here, there = (SmallMbeir(tmp_path / name).write() for name in ("here", "there"))
+    told = tmp_path / "told"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$3" >> {told}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    _with_interpreter(there, str(python))
+    ours, theirs = (sorted(path for path in _embedded_files(small)) for small in (here, there))
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+    assert told.read_text().split() == ["pipeline.stages.embed:embed_here"]  # one process for all that it embeds
+
+
+def _embedded_files(small: SmallMbeir) -> list[Path]:
+    embedded(small)
+    return list((small.experiment.parent / "work/artifacts/embed").rglob("*.parquet"))
+
+
+def test_flaws_are_counted_in_another_interpreter_too(tmp_path: Path) -> None:
+    small = SmallMbeir(tmp_path).write()
+    _with_interpreter(small, sys.executable)
+    small.image("red").write_text("not an image")
+    with pytest.raises(UserError, match="1 items have a broken image, 0 tolerated"):
+        embedded(small)
+
+
+def test_a_missing_interpreter_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    small = SmallMbeir(tmp_path).write()
+    _with_interpreter(small, "./nowhere/bin/python")
+    with pytest.raises(UserError, match="runs in an environment of its own, whose .*/nowhere/bin/python is missing"):
+        run_experiment(load(str(small.experiment)), [], print)
+    assert not (small.experiment.parent / "work/artifacts").exists()
