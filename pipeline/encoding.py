@@ -117,7 +117,7 @@ def batch_size(asked: int | str, encoder: Encoder, device: str) -> int:
     import torch
     if asked != "auto":
         return int(asked)
-    if torch.device(device).type != "cuda":
+    if torch.device(device).type != "cuda" or not getattr(encoder, "uses_device", True):
         return USUAL_BATCH
     found = fitting_batch(encoder)
     log.info("embed.batch_size=auto: %d", found)

@@ -90,6 +90,10 @@ def batches(sources: Sequence[Source], encoder: Encoder, batch_size: int, loader
     return read_ahead(arriving, _UNPACKED_AHEAD) if loaders else arriving
 
 
+def _needs_ids(encoder: Encoder) -> bool:
+    return bool(getattr(encoder, "needs_ids", False))
+
+
 def _unpacked(packed: bytes) -> Batch:
     keys, prepared, flaws, digests = zip(*pickle.loads(packed))
     for flaw in flaws:
@@ -146,15 +150,24 @@ class _Items:
 
     def __getitem__(self, key: Key) -> tuple[Key, Any, Any, bytes | None]:
         source = self.sources[key.position]
+        images = None if _needs_ids(self.encoder) else source.images
         at_least = getattr(self.encoder, "image_size", None) if source.decoding == DRAFT else None
         try:
             row = _rows_at(source.path, source.fingerprint)[key.row]
-            item, data, flaw = _item(source.images, row, key.prompt, at_least)
+            item, data, flaw = _item(images, row, key.prompt, at_least)
+            prepared = None if item is None else self._prepared(item)
         except UserError as error:  # a value: the loader would wrap it into a traceback
             return key, None, error, None
-        if item is None:
-            return key, None, flaw, None
-        return key, self.encoder.prepare(item), flaw, _digest(item, data) if self.has_digests else None
+        return key, prepared, flaw, _digest(item, data) if self.has_digests and item is not None else None
+
+    def _prepared(self, item: Item) -> Any:
+        try:
+            return self.encoder.prepare(item)
+        except UserError:
+            raise
+        except Exception as error:  # of an encoder that is the user's own, say; which item it was, only we know
+            raise UserError(f"the encoder cannot prepare this item: {type(error).__name__}: {error}",
+                            f"{item.role} {item.id}", "mend the encoder's `prepare`, or the item") from error
 
 
 @lru_cache(maxsize=2)
@@ -162,13 +175,13 @@ def _rows_at(path: Path, fingerprint: str) -> list[dict[str, Any]]:
     return list(read_table(path, fingerprint).to_pylist())
 
 
-def _item(images: ImageStore, row: Mapping[str, Any], prompt: int | None,
+def _item(images: ImageStore | None, row: Mapping[str, Any], prompt: int | None,
           at_least: tuple[int, int] | None) -> tuple[Item | None, bytes, Flaw | None]:
-    """The item, the bytes of its image, and what is wrong with it."""
+    """The item, the bytes of its image, and what is wrong with it; without `images` none is opened."""
     text = row["text"] if prompt is None else row["instructed_texts"][prompt]
     instruction = None if prompt is None else row["instructions"][prompt]
     image, data, flaw = None, b"", None
-    if row["image"] is not None:
+    if row["image"] is not None and images is not None:
         try:
             data = images.read(row["image"])
             image = decode(data, row["image"], at_least)
@@ -177,7 +190,7 @@ def _item(images: ImageStore, row: Mapping[str, Any], prompt: int | None,
             if not text:
                 return None, data, flaw
     role: Literal["query", "candidate"] = "query" if "query_id" in row else "candidate"
-    return Item(text if text or image else "", image, instruction, row["text"], role), data, flaw
+    return Item(text if text or image else "", image, instruction, row["text"], role, row[f"{role}_id"]), data, flaw
 
 
 def _digest(item: Item, data: bytes) -> bytes:

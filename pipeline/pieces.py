@@ -119,7 +119,10 @@ def load_encoder_choice(name: str) -> EncoderChoice:
     prefix, where = f"encoders.{piece.name}.", next((where for _, where in piece.source.values.values()), name)
     values = {key.removeprefix(prefix): value for key, (value, _) in piece.source.values.items()}
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(load_encoder(piece.module).Params), values)
+        typed = OmegaConf.structured(load_encoder(piece.module).Params)
+        OmegaConf.set_readonly(typed, False)  # as frozen dataclasses make it
+        for key, value in values.items():
+            OmegaConf.update(typed, key, value, merge=False)
         return EncoderChoice(piece.name, piece.module, OmegaConf.to_object(typed), piece.python)
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0], where) from None

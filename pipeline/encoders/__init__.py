@@ -26,7 +26,8 @@ class Item:
     """What is encoded into one vector. `text` is the final text, its instruction included.
 
     `instruction` and `bare_text` are the same text in two parts, for encoders with a template of their own; `role` is
-    for those that encode what is asked otherwise than what is found.
+    for those that encode what is asked otherwise than what is found; `id` is the query_id or candidate_id, for those
+    that declare `needs_ids`: of equal items, which share a vector, any one's.
     """
 
     text: str | None
@@ -34,6 +35,7 @@ class Item:
     instruction: str | None = None
     bare_text: str | None = None
     role: Literal["query", "candidate"] = "candidate"
+    id: str | None = None
 
 
 class Encoder(Protocol):
@@ -43,6 +45,12 @@ class Encoder(Protocol):
 
         image_size: tuple[int, int]    decoding=draft: height and width below which an image must not be scaled
         compile() -> None              compile=true: let torch compile the model; vectors differ by rounding only
+
+    And of its own accord:
+
+        needs_ids: bool                True: a vector belongs to an id, not to a content: equal items are not shared,
+                                       and no image is opened (`item.image` is None)
+        uses_device: bool              False: it computes elsewhere, or nothing: batch_size=auto tries nothing out
 
     Memory that does not suffice is no mistake: where `encode` raises torch.OutOfMemoryError, it is called with less.
     """

@@ -148,15 +148,16 @@ def embed_here(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[La
     """Make units of jobs that share one encoder, in this process."""
     let_waiting_threads_sleep()
     encoding = _encoding(work, runtime)
+    # where a vector belongs to an id, equal items are not one
+    share = "none" if getattr(encoding.encoder, "needs_ids", False) else runtime.share
     refused: list[str] = []
     shards: dict[int, _Shard] = {}
     num_items, num_shared = 0, 0
     loaders = num_loaders(runtime.loaders, sum(job.rows_of(unit) for job, unit in work))
-    for batch in batches([job.source(unit) for job, unit in work], encoding.encoder, encoding.size, loaders,
-                         runtime.share):
+    for batch in batches([job.source(unit) for job, unit in work], encoding.encoder, encoding.size, loaders, share):
         if batch.position not in shards:
-            shards[batch.position] = _Shard(*work[batch.position], encoding, runtime.share)
-            if runtime.share != "worker":  # or the vectors would depend on which shards came before
+            shards[batch.position] = _Shard(*work[batch.position], encoding, share)
+            if share != "worker":  # or the vectors would depend on which shards came before
                 encoding.forget()
         shard = shards[batch.position]
         shard.take(batch)

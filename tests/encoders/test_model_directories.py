@@ -56,6 +56,14 @@ def test_what_is_no_part_of_the_model_does_not(model: Path, name: str) -> None:
     assert directory_identity(str(model), None) == first
 
 
+def test_where_weights_are_not_read_they_do_not_count(model: Path) -> None:
+    first = directory_identity(str(model), None, with_weights=False)
+    (model / "model.safetensors").write_bytes(b"other weights")
+    assert directory_identity(str(model), None, with_weights=False) == first
+    (model / "config.json").write_text("{}")
+    assert directory_identity(str(model), None, with_weights=False) != first
+
+
 def test_links_of_the_hubs_cache_are_followed(model: Path, tmp_path: Path) -> None:
     first = directory_identity(str(model), None)
     blob = tmp_path / "blob"
@@ -93,12 +101,13 @@ def test_exactly_that_commit_is_fetched(model: Path, monkeypatch: pytest.MonkeyP
     asked: list[Any] = []
 
     def snapshot_download(*names: str, **options: Any) -> str:
-        asked.append((*names, options["revision"]))
+        asked.append((*names, options["revision"], "*.safetensors" in options["ignore_patterns"]))
         return str(model)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert model_directory("owner/name", COMMIT) == model
-    assert asked == [("owner/name", COMMIT)]
+    assert model_directory("owner/name", COMMIT, with_weights=False) == model
+    assert asked == [("owner/name", COMMIT, False), ("owner/name", COMMIT, True)]
 
 
 def test_without_network_the_advice_is_to_download_it() -> None:

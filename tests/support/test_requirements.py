@@ -21,7 +21,8 @@ from pipeline.support import requirements as asked
 from pipeline.support.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-CORE, TEST, WANDB = asked.requirements(), asked.requirements(["test"]), asked.requirements(["wandb"])
+CORE, TEST = asked.requirements(), asked.requirements(["test"])
+OPTIONAL = asked.requirements(["wandb", "sentence-transformers", "mteb", "endpoint", "siglip"])
 PYTHONS = ("3.11.7", "3.12.1", "3.13.0")
 PROJECT_OF = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "faiss": "faiss-cpu",
               "open_clip": "open_clip_torch", "pytrec_eval": "pytrec_eval-terrier"}
@@ -65,7 +66,7 @@ def imports(folder: str) -> set[str]:
 
 
 def test_every_import_is_asked_for_and_every_request_is_used() -> None:
-    assert imports("pipeline") <= names(WANDB)
+    assert imports("pipeline") <= names(OPTIONAL)
     assert names(CORE) - UNNAMED <= imports("pipeline")
     assert imports("tests") <= names(TEST)
 
@@ -74,7 +75,7 @@ def test_every_import_is_asked_for_and_every_request_is_used() -> None:
 @pytest.mark.parametrize("system", ["linux", "darwin"])
 def test_every_request_has_one_pin_that_meets_it(python: str, system: str) -> None:
     found = pinned(python, system)
-    for line in [*TEST, *WANDB]:
+    for line in [*TEST, *OPTIONAL]:
         request = Requirement(line)
         assert found[canonicalize_name(request.name)] in request.specifier
 
@@ -109,7 +110,7 @@ def setup(section: str, key: str) -> str:
 
 
 def test_setup_cfg_names_every_package_as_setuptools_reads_it() -> None:
-    assert names(CORE) < names(TEST) and names(CORE) < names(WANDB)
+    assert names(CORE) < names(TEST) and names(CORE) < names(OPTIONAL)
     assert setup("options.packages.find", "include") == "pipeline*"
     assert setup("metadata", "version") == "attr: pipeline.__version__"
 
