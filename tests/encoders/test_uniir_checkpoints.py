@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifacts import file_sha256
-from pipeline.encoders import Item, uniir_clip
+from pipeline.encoders import Item, open_clip, uniir_blip, uniir_clip
+from pipeline.encoders.blip_towers import STOCK as BLIP_SIZES
+from pipeline.encoders.blip_towers import new_model as new_blip
 from pipeline.encoders.clip_towers import read_architecture
 from pipeline.encoders.uniir_checkpoints import (STOCK, Imported, check_fit, expected_shapes, export_checkpoint,
                                                  import_checkpoint)
@@ -146,7 +149,8 @@ def test_training_leftovers_and_an_unread_vocabulary_are_dropped_and_told(archit
                  "clip_model_m.visual.proj": torch.zeros(2, 2), "t5_layers.embed_tokens.weight": torch.ones(9, 64)}
     source = saved(tmp_path / "published.pth", whole({**model, **leftovers}))
     found = import_checkpoint(source, tmp_path / "imported", "ours", architecture)
-    assert found.dropped == LEFT_BEHIND + sorted(leftovers) and found.tensors == len(model)
+    told = sorted([*(leftovers.keys() - {"clip_model_m.visual.proj"}), "clip_model_m.*"])
+    assert found.dropped == LEFT_BEHIND + told and found.tensors == len(model)
     choice = load_encoder_choice(str(found.yaml))
     export_checkpoint(choice.params, tmp_path / "back.pth")
     assert same(torch.load(tmp_path / "back.pth", weights_only=True)["model"], model)
@@ -184,10 +188,116 @@ def test_a_malicious_pickle_is_refused_and_not_run(architecture: str, place: str
     assert trap.path.exists()  # it would have been run by a careless reader
 
 
-def test_blip_is_refused(tmp_path: Path) -> None:
-    source = saved(tmp_path / "blip.pth", whole({"visual_encoder.cls_token": torch.zeros(1, 1, 4)}))
-    with pytest.raises(UserError, match="BLIP"):
+BLIP: dict[str, Any] = {
+    "image_size": 32, "patch_size": 16, "embed_dim": 32, "vision": {"width": 48, "layers": 1, "heads": 4},
+    "text": {"width": 32, "layers": 1, "heads": 4, "vocabulary": 9, "positions": 20, "length": 12}}
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "circle")
+MADE_FOR_TRAINING = {"temp", "query_queue", "cand_queue", "idx_queue", "new_ptr_queue"}
+
+
+def blip_model(fusion: str, architecture: dict[str, Any], queue: int) -> dict[str, torch.Tensor]:
+    """A model as UniIR's module names it: towers and heads, their momentum twins, queues and the temperature."""
+    online = {**new_blip(architecture, fusion, seed=8).state_dict(),
+              "text_encoder.embeddings.position_ids": torch.arange(architecture["text"]["positions"])[None]}
+    twins = {name.replace(".", "_m.", 1): tensor + 1 for name, tensor in online.items()}
+    vectors = torch.ones(()).expand(architecture["embed_dim"], queue)
+    return {**online, **twins, "temp": torch.tensor(0.1), "query_queue": vectors, "cand_queue": vectors,
+            "idx_queue": torch.full((1, queue), -100), "new_ptr_queue": torch.zeros(1, dtype=torch.int64)}
+
+
+def is_needed(name: str) -> bool:
+    head, *rest = name.split(".")
+    return not head.endswith("_m") and name not in MADE_FOR_TRAINING and rest[-1:] != ["position_ids"]
+
+
+@pytest.fixture
+def blip_architecture(tmp_path: Path) -> str:
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    (tmp_path / "blip.json").write_text(json.dumps(BLIP))
+    return str(tmp_path / "blip.json")
+
+
+@pytest.mark.parametrize("fusion, own", [("score", ["text_proj_m.*", "vision_proj_m.*"]), ("feature", [])])
+def test_blip_there_and_back(blip_architecture: str, fusion: str, own: list[str], tmp_path: Path) -> None:
+    model = blip_model(fusion, BLIP, 12)
+    needed = {name: tensor for name, tensor in model.items() if is_needed(name)}
+    source = saved(tmp_path / "published.pth", whole(model))
+    found = import_checkpoint(source, tmp_path / "imported", "ours", blip_architecture)
+    assert same(load_file(found.weights), needed) and found.tensors == len(needed)
+    assert found.dropped == LEFT_BEHIND + sorted([
+        *MADE_FOR_TRAINING, *own, "text_encoder_m.*", "visual_encoder_m.*", "text_encoder.embeddings.position_ids"])
+    text = found.yaml.read_text()
+    kind = {"score": "BLIP_SF", "feature": "BLIP_FF"}[fusion]
+    assert text.startswith(f"# UniIR {kind}, imported from 'published.pth', epoch 3.\n")
+    assert yaml.safe_load(text) == {"encoder": "uniir_blip", "architecture": "./architecture.json", "fusion": fusion,
+                                    "weights": "./weights.safetensors"}
+    params = replace(load_encoder_choice(str(found.yaml)).params, tokenizer=str(tmp_path / "vocab.txt"))
+    export_checkpoint(params, tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert same({name: back["model"][name] for name in needed}, needed) and type(back["config"]) is dict
+    export_checkpoint(params, tmp_path / "back.safetensors")
+    assert same(load_file(tmp_path / "back.safetensors"), needed)
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+    given = (Item("a red circle", None), Item(None, image), Item("blue", image))
+    rows = []
+    for path in (source, found.weights, tmp_path / "back.pth", tmp_path / "back.safetensors"):
+        encoder = uniir_blip.build(replace(params, weights=str(path)), "cpu", "fp32")
+        rows.append(encoder.encode([encoder.prepare(item) for item in given]))
+    assert all(np.array_equal(rows[0], other) for other in rows[1:]) and np.abs(rows[0]).max() > 0
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_uniirs_own_blip_would_load_an_export_strictly(blip_architecture: str, fusion: str, tmp_path: Path) -> None:
+    """Every name and shape, the twins equal to the weights, and no more bytes for all that than the weights have."""
+    export_checkpoint(uniir_blip.Params(blip_architecture, seed=8, fusion=fusion), tmp_path / "random.pth")
+    found = torch.load(tmp_path / "random.pth", weights_only=True)["model"]
+    expected = blip_model(fusion, BLIP, 57600)
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
+    positions = "text_encoder.embeddings.position_ids"
+    online = {name: tensor for name, tensor in expected.items() if is_needed(name) or name == positions}
+    assert same({name: found[name] for name in online}, online)
+    assert same({name: found[name.replace(".", "_m.", 1)] for name in online}, online)
+    number_of_bytes = sum(tensor.nbytes for tensor in online.values())
+    assert (tmp_path / "random.pth").stat().st_size < number_of_bytes + 500 * len(expected)
+    assert uniir_blip.own_names(found).keys() == {name for name in expected if is_needed(name)}
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("size, queue", [("base", 57600), ("large", 57960)])
+def test_published_sizes_of_blip_are_found(size: str, queue: int, fusion: str, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full size without the memory: every tensor is one number, repeated."""
+    monkeypatch.setattr("pipeline.encoders.uniir_checkpoints.save_safetensors", lambda _, path: path.touch())
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in blip_model(fusion, BLIP_SIZES[size], queue).items()}
+    model = {name: torch.zeros((), dtype=torch.int64 if "_queue" in name and name[0] in "in" else None).expand(shape)
+             for name, shape in shapes.items()}
+    source = saved(tmp_path / f"blip_{size}.pth", {**whole({}), "model": model})
+    found = import_checkpoint(source, tmp_path / "imported", "ours")
+    written = yaml.safe_load(found.yaml.read_text())
+    assert (written["encoder"], written["architecture"], written["fusion"]) == ("uniir_blip", size, fusion)
+    state = {name: tensor for name, tensor in model.items() if is_needed(name)}
+    params = uniir_blip.Params(size, seed=0, fusion=fusion)
+    again = uniir_blip.training_state(state, params)
+    assert {name: tensor.shape for name, tensor in again.items()} == shapes
+
+
+def test_a_blip_of_another_size_is_held_against_the_closest(blip_architecture: str, tmp_path: Path) -> None:
+    source = saved(tmp_path / "tiny.pth", {"model": blip_model("feature", BLIP, 12)})
+    with pytest.raises(UserError, match=r"fit none of base, large; base is closest(.|\n)*name it \(a JSON file\)"):
         import_checkpoint(source, tmp_path / "imported", "ours")
+    changed = {name: each for name, each in blip_model("feature", BLIP, 12).items() if "blocks.0.norm1" not in name}
+    source = saved(tmp_path / "damaged.pth", {"model": changed})
+    with pytest.raises(UserError, match="with feature fusion(.|\n)*'visual_encoder.blocks.0.norm1.weight' is missing"):
+        import_checkpoint(source, tmp_path / "imported", "ours", blip_architecture)
+    assert not (tmp_path / "imported").exists()
+
+
+def test_only_uniirs_encoders_are_exported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only UniIR's encoders"):
+        export_checkpoint(open_clip.Params("ViT-B-32", seed=0), tmp_path / "back.pth")  # type: ignore[arg-type]
+    assert not (tmp_path / "back.pth").exists()
 
 
 @pytest.mark.parametrize("change, message", [
