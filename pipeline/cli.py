@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, commands
+from pipeline import __version__, cluster_commands, commands
 from pipeline.commands import DONE, FAILED, MISTAKE, NOT_FINISHED
 from pipeline.support.errors import NotReady, UserError
 from pipeline.support.logs import configure
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _evaluation_commands(subcommands: Any) -> None:
     add = partial(_experiment_command, subcommands)
-    add("run", commands.run, "all stages, skipping what is done, then tables and exports", json_output=True)
+    _on(add("run", commands.run, "all stages, skipping what is done, then tables and exports", json_output=True))
     for stage, text in _STAGES.items():
         command = add(stage, commands.stage, text, json_output=stage == "score")
         command.set_defaults(stage=stage)
@@ -92,6 +92,12 @@ def _evaluation_commands(subcommands: Any) -> None:
     add("plan", commands.plan, "what would run, how much of it, and why", json_output=True)
     status = add("status", commands.status, "what is done, running or stalled", json_output=True)
     status.add_argument("--deep", action="store_true", help="compare every file with its checksum")
+    logs = add("logs", cluster_commands.logs, "the ends of the logs: of what failed on a cluster, or the newest")
+    logs.add_argument("--stage", choices=(*_STAGES, "run"), help="of this stage only")
+    logs.add_argument("--lines", type=int, default=20, help="of each log (default: 20)")
+    cancel = add("cancel", cluster_commands.cancel, "take what was submitted for this experiment out of Slurm's queue")
+    for command in (logs, cancel):
+        command.add_argument("--training", action="store_true", help="EXPERIMENT is a training")
     add("config", commands.config, "the merged configuration and where each value comes from")
     add("export", commands.export, "write retrieval_results/ again")
     verify = add("verify", commands.verify, "compare the scores with the golden ones of configs/golden")
@@ -103,9 +109,16 @@ def _evaluation_commands(subcommands: Any) -> None:
     collector.add_argument("--delete", action="store_true", help="delete them (without this they are only listed)")
 
 
+def _on(command: Any) -> None:
+    command.add_argument("--on", choices=("local", "slurm"), default="local",
+                         help="slurm: submit it to the cluster that cluster=NAME names, and return")
+    command.add_argument("--dry-run", action="store_true", help="with --on slurm: print the sbatch lines only")
+
+
 def _training_commands(subcommands: Any) -> None:
     train = _experiment_command(subcommands, "train", commands.train, "train an encoder; the same command resumes",
                                 metavar="training")
+    _on(train)
     train.add_argument("--accept-changes", action="store_true", help="resume although options have changed")
     mining = _experiment_command(subcommands, "mine-negatives", commands.mine_negatives,
                                  "search the train split and list what is wrongly found, for the next training")
@@ -115,9 +128,9 @@ def _training_commands(subcommands: Any) -> None:
     importer.add_argument("source", type=Path, help="a .pth file; nothing that it contains is run")
     importer.add_argument("directory", type=Path, help="where weights.safetensors and <name>.yaml go")
     importer.add_argument("--name", help="of the encoder (default: the file's)")
-    importer.add_argument("--architecture", help="an open_clip name or a JSON file, if the shapes do not tell")
+    importer.add_argument("--architecture", help="of open_clip, base, large, or a JSON file: if shapes do not tell")
     importer.set_defaults(run=commands.import_checkpoint)
-    exporter = subcommands.add_parser("export-checkpoint", help="a uniir_clip encoder -> UniIR's names")
+    exporter = subcommands.add_parser("export-checkpoint", help="a UniIR encoder -> UniIR's names")
     exporter.add_argument("encoder", help="a name in configs/encoders, or a path to a .yaml file")
     exporter.add_argument("destination", type=Path, help=".pth (as UniIR loads it) or .safetensors")
     exporter.set_defaults(run=commands.export_checkpoint)

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any
 
+from pipeline import cluster_commands
 from pipeline.support.logs import configure
 
 DONE, FAILED, MISTAKE, NOT_FINISHED = 0, 1, 2, 3
@@ -27,6 +28,8 @@ def _print_json(value: Any) -> None:
 def run(options: Any) -> int:
     from pipeline.run import run_experiment
     experiment = _experiment(options)
+    if options.on == "slurm":
+        return cluster_commands.run(options)
     configure(experiment.directory / "logs" / "run.log", quiet=options.json)
     command = [options.experiment, *options.overrides]
     report = run_experiment(experiment, command, say=_silent if options.json else print)
@@ -66,15 +69,18 @@ def plan(options: Any) -> int:
 
 def status(options: Any) -> int:
     from pipeline.plan import make_plan
+    from pipeline.queue import states
+    from pipeline.report.jobs import jobs_json, jobs_text
     from pipeline.report.text import status_text
     from pipeline.status import all_damages, as_json, status_of, warnings_of
     the_plan = make_plan(_experiment(options))
     found, warnings = status_of(the_plan), warnings_of(the_plan)
     damaged = all_damages(the_plan) if options.deep else []
+    jobs = states(the_plan.experiment.directory)
     if options.json:
-        _print_json({"stages": as_json(found), "warnings": warnings, "damaged": damaged})
+        _print_json({"stages": as_json(found), "warnings": warnings, "damaged": damaged, "jobs": jobs_json(jobs)})
     else:
-        print(status_text(found, warnings, damaged))
+        print("\n".join(filter(None, [status_text(found, warnings, damaged), jobs_text(jobs)])))
     if damaged:
         return FAILED
     return DONE if all(stage.state == "done" for stage in found) else NOT_FINISHED
@@ -139,6 +145,8 @@ def train(options: Any) -> int:
     from pipeline.train import train
     from pipeline.training_set import directory_of
     training = load(options.experiment, options.overrides, kind="training")
+    if options.on == "slurm":
+        return cluster_commands.train(options)
     rank = os.environ.get("RANK", "0")
     configure(directory_of(training) / "logs" / f"train.{rank}.log", quiet=rank != "0")
     train(training, options.accept_changes, say=print)

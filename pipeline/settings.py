@@ -152,6 +152,7 @@ class Settings:
     export: ExportSettings
     training: TrainingSettings
     local: LocalSettings
+    cluster: Optional[str]
     log: LogSettings
 
     def __post_init__(self) -> None:

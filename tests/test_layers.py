@@ -12,16 +12,16 @@ PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 # From the roof down. A module imports from lower floors; from its own only if that is not one of STRANGERS.
 FLOORS: dict[str, tuple[str, ...]] = {
     "door": ("__main__",),
-    "commands": ("cli", "commands"),
-    "all of it": ("run", "bench", "train", "training_set", "validation", "mining"),
-    "views": ("report", "status", "reasons", "garbage", "workers", "doctor"),
+    "commands": ("cli", "commands", "cluster_commands"),
+    "all of it": ("run", "bench", "for_mteb", "train", "training_set", "validation", "mining"),
+    "views": ("report", "status", "reasons", "garbage", "workers", "doctor", "queue", "submission"),
     "plan": ("plan",),
     "configuration": ("config",),
-    "options": ("settings", "pieces", "sources"),
+    "options": ("settings", "pieces", "sources", "cluster"),
     "stages": ("stages.collect", "stages.embed", "stages.index", "stages.retrieve", "stages.score", "stages"),
     "between stages and knowledge": ("audit", "encoding", "loading", "training", "examination"),
     "knowledge": ("benchmarks", "encoders", "indexes", "metrics", "significance"),
-    "contract": ("artifacts", "embeddings", "images", "tables", "tar_archive", "devices"),
+    "contract": ("artifacts", "embeddings", "images", "tables", "tar_archive", "devices", "slurm"),
     "ground": ("support",),
 }
 STRANGERS = ("stages", "between stages and knowledge", "knowledge")

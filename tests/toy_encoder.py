@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pipeline.encoders import Item
 class Params:
     dimension: int = 8
     scale: float = 1.0
+    seconds: float = 0.0  # that every item takes; changes no vector
 
 
 def identity(params: Params) -> dict[str, Any]:
@@ -44,4 +46,5 @@ class ToyEncoder:
         return vector_D * np.float32(self.params.scale)
 
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
+        time.sleep(self.params.seconds * len(batch))
         return np.stack(batch)
