@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, cluster_commands, commands
+from pipeline import __version__, cluster_commands, commands, compare_commands, generate_commands, look_commands
+from pipeline import rag_commands, report_commands
 from pipeline.commands import DONE, FAILED, MISTAKE, NOT_FINISHED
 from pipeline.support.errors import NotReady, UserError
 from pipeline.support.logs import configure
@@ -78,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     _mini_mbeir_command(subcommands)
     _score_run_command(subcommands)
     _bench_command(subcommands)
+    for module in (report_commands, compare_commands, look_commands, rag_commands, generate_commands):
+        module.add_parsers(subcommands)
     return parser
 
 

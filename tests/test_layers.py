@@ -12,7 +12,8 @@ PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 # From the roof down. A module imports from lower floors; from its own only if that is not one of STRANGERS.
 FLOORS: dict[str, tuple[str, ...]] = {
     "door": ("__main__",),
-    "commands": ("cli", "commands", "cluster_commands"),
+    "commands": ("cli", "commands", "cluster_commands", "report_commands", "compare_commands", "look_commands",
+                 "rag_commands", "generate_commands"),
     "all of it": ("run", "bench", "for_mteb", "train", "training_set", "validation", "mining"),
     "views": ("report", "status", "reasons", "garbage", "workers", "doctor", "queue", "submission"),
     "plan": ("plan",),

@@ -1,0 +1,9 @@
+"""The commands that send retrieved candidates to a generator and score its answers. cli.py calls `add_parsers`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def add_parsers(subcommands: Any) -> None:
+    """Nothing yet."""
