@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -126,7 +127,9 @@ def element_process(lab: Lab, worker: str) -> int | None:
 
 
 def test_a_chain_of_arrays_equals_a_run_here(lab: Lab) -> None:
-    jobs = lab.submit(lab.cluster(stages={"embed": {"workers": 4, "at_once": 2}, "retrieve": {"workers": 2}}), SLOW)
+    own = f"export PATH={Path(sys.executable).parent}:$PATH MARK=; echo activated for index"
+    jobs = lab.submit(lab.cluster(stages={"embed": {"workers": 4, "at_once": 2}, "index": {"activate": own},
+                                          "retrieve": {"workers": 2}}), SLOW)
     assert list(jobs) == ["collect", "embed", "index", "retrieve", "score"]
     waits = f"job {jobs['embed']}, 4 elements: 4 pending  (Dependency: waits for the stage before it)"
     lab.slurm.wait(lambda: lab("status", "collect.rows_per_shard=1", SLOW) == 3 and waits in lab.out)
@@ -138,6 +141,7 @@ def test_a_chain_of_arrays_equals_a_run_here(lab: Lab) -> None:
     lab.ended(*jobs.values())
     assert lab("status", "collect.rows_per_shard=1", SLOW) == 0, lab.out
     assert f"job {jobs['embed']}, 4 elements: 4 completed" in lab.out
+    assert lab("logs", "--stage", "index") == 0 and "activated for index" in lab.out, lab.out
     assert lab("logs", "--stage", "score") == 0 and "hit@1" in lab.out, lab.out
     lab.equals_the_run_here()
     assert lab("run", "--on", "slurm", lab.cluster(), "collect.rows_per_shard=1") == 0
@@ -195,6 +199,29 @@ def test_a_failing_stage_stops_its_successors_and_status_says_why(lab: Lab) -> N
 def test_what_slurm_refuses_is_told_in_its_words(lab: Lab) -> None:
     assert lab("run", "--on", "slurm", lab.cluster(partition="nowhere")) == 2
     assert "invalid partition specified: nowhere" in lab.err
+
+
+def test_no_array_is_larger_than_the_cluster_allows(lab: Lab) -> None:
+    assert lab("run", "--on", "slurm", lab.cluster(workers=500), "collect.rows_per_shard=1") == 0, lab.err
+    sizes = dict(re.findall(r"submitted  (\w+)\s+job \d+, (\d+) elements", lab.out))
+    assert sizes["embed"] == sizes["retrieve"] == "64"  # MaxArraySize of the virtual cluster
+    assert lab("cancel") == 0
+
+
+@pytest.mark.slow
+def test_the_chain_by_hand_does_the_same(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORKERS", "2"), ("PYTHON", sys.executable), ("SBATCH_MEM_PER_NODE", "300M"),
+                        ("SBATCH_TIMELIMIT", "10")):
+        monkeypatch.setenv(name, value)
+    script = lab.folder / "repository" / "slurm"
+    script.mkdir(parents=True)
+    for name in ("submit.sh", "stage.sbatch"):
+        (script / name).write_bytes((ROOT / "slurm" / name).read_bytes())
+    said = subprocess.run(["bash", str(script / "submit.sh"), str(lab.small.experiment), "collect.rows_per_shard=1"],
+                          check=True, capture_output=True, text=True).stdout
+    ended(lab.slurm, re.findall(r" (\d+)(?:,|$| \()", said.splitlines()[0]))
+    assert len(list((script.parent / "slurm-logs").glob("embed.*_?.log"))) == 2
+    lab.equals_the_run_here()
 
 
 @pytest.mark.slow
