@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from pipeline.metrics.order import strings
 
 ONE = np.uint64(1 << 24)  # the least number but zero
-_ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio (Knuth, The Art of Computer Programming, 6.4)
+ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio (Knuth, The Art of Computer Programming, 6.4)
 _WASTE = 4  # padding may make an array so many times longer, no more
 
 
@@ -28,9 +28,9 @@ def hashes(ids: pa.Array) -> np.ndarray:
         return np.concatenate([hashes(ids[:half]), hashes(ids[half:])])
     padded = pc.ascii_rpad(ids, width, "\0").buffers()[2]
     words_NW = np.frombuffer(padded, np.uint64, len(ids) * width // 8).reshape(len(ids), width // 8)
-    total_N = words_NW[:, 0] * np.uint64(_ODD)
+    total_N = words_NW[:, 0] * np.uint64(ODD)
     for word in range(1, words_NW.shape[1]):
-        total_N += words_NW[:, word] * np.uint64(pow(_ODD, word + 1, 1 << 64))
+        total_N += words_NW[:, word] * np.uint64(pow(ODD, word + 1, 1 << 64))
     total_N &= ~(ONE - np.uint64(1))
     return total_N
 

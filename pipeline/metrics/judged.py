@@ -41,14 +41,26 @@ class Ranked:
         """float64: relevance / log2(rank + 1), of which discounted cumulative gains are sums."""
         return self.relevance_F / np.log2(self.rank_F + 1)
 
+    @cached_property
+    def precision_F(self) -> np.ndarray:
+        """float64: the share of relevant ones among the candidates up to this one."""
+        return (self.place_F + 1) / self.rank_F
+
     def sum(self, value_F: np.ndarray, k: int | None) -> np.ndarray:
         """float64 [Q]: the sum of the values at ranks <= k, added in order of rank, as trec_eval does."""
         within_F = value_F if k is None else value_F * (self.rank_F <= k)
         return np.bincount(self.query_F, within_F, minlength=self.num_queries)
 
     def count(self, k: int | None) -> np.ndarray:
-        """float64 [Q]: how many stand at ranks <= k."""
-        return self.sum(np.ones(len(self.rank_F)), k)
+        """float64 [Q], not to be written to: how many stand at ranks <= k. Added up once for all metrics of one cut."""
+        if k not in self._counts:
+            self._counts[k] = self.sum(np.ones(len(self.rank_F)), k)
+            self._counts[k].setflags(write=False)
+        return self._counts[k]
+
+    @cached_property
+    def _counts(self) -> dict[int | None, np.ndarray]:
+        return {}
 
     def dense(self, depth: int) -> np.ndarray:
         """int32 [Q, depth]: the relevance at each rank, 0 where no relevant candidate stands."""

@@ -1,12 +1,11 @@
 """Joins a run with the qrels: which hits are relevant, and how much?
 
-Every hit is looked at once, as a number that stands for its candidate; blocks of whole queries are searched by as
-many threads as there are processors, so that only a few blocks are held besides the run, whose tables may come one
-at a time. In exchange a run must be in order (each query once, ranks 1, 2, 3, ...), which is checked; `order_run`
-brings a foreign run into that order.
+Every hit is looked at once (hits.py); blocks of whole queries are searched by as many threads as there are processors,
+so that only a few blocks are held besides the run, whose tables may come one at a time. In exchange a run must be in
+order (each query once, ranks 1, 2, 3, ...), which is checked; `order_run` brings a foreign run into that order.
 
 Shapes: Q queries, N rows of the qrels, J relevant candidates of all queries, H hits (rows of a table of the run),
-B hits of a block of it, S queries with hits, F relevant hits.
+S queries with hits, F relevant hits.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.metrics.hits import Hits
+from pipeline.metrics.identifiers import hashes
 from pipeline.metrics.judged import Judged, Ranked
-from pipeline.metrics.matching import Part, twins
-from pipeline.metrics.identifiers import Numbered, exact_numbers, hashes
-from pipeline.metrics.order import is_in_order, positions, refuse_disorder, strings
+from pipeline.metrics.order import positions, refuse_disorder, strings
 from pipeline.metrics.relevance import Relevant, relevant_of
 from pipeline.support.ahead import made_ahead
 from pipeline.support.errors import UserError
@@ -85,21 +84,15 @@ def best_possible(qrels: pa.Table, reachable: np.ndarray, query_ids: pa.Array | 
 
 def _search(run: pa.Table, relevant: Relevant) -> _Found:
     """Relevant hits of a table that holds whole queries; UserError if it is out of order."""
-    rank_H, query_ids = run.column("rank").to_numpy(), run.column("query_id")
-    candidates = Numbered(run.column("candidate_id"))
+    rank_H = run.column("rank").to_numpy()
     start_S = np.flatnonzero(rank_H == 1)
     edge_S = np.append(start_S, len(rank_H))
-    query_S = positions(query_ids.take(pa.array(start_S)), relevant.queries)
+    query_S = positions(run.column("query_id").take(pa.array(start_S)), relevant.queries)
     if edge_S[0] != 0 or (query_S < 0).any() or np.bincount(query_S).max(initial=0) > 1:
         refuse_disorder(run, relevant.queries)
 
-    def search(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        edge_B = edge_S[first:last + 1]
-        if not is_in_order(query_ids, rank_H, edge_B):
-            refuse_disorder(run, relevant.queries)
-        return _relevant_hits(candidates, edge_B, query_S[first:last], relevant)
-
-    blocks = in_threads(search, _blocks(start_S, len(rank_H)))
+    hits = Hits(run, rank_H, edge_S, query_S, relevant)
+    blocks = in_threads(hits.matches, _blocks(start_S, len(rank_H)))
     hit_F, relevant_F = (np.concatenate([np.zeros(0, np.int64), *(block[side] for block in blocks)]) for side in (0, 1))
     return _Found(query_S, int(np.diff(edge_S).max(initial=0)), rank_H[hit_F].astype(np.int32), relevant_F)
 
@@ -112,37 +105,10 @@ def _blocks(start_S: np.ndarray, num_hits: int) -> list[tuple[int, int]]:
 
 
 def in_threads(work: Callable[[int, int], Result], ranges: Sequence[tuple[int, int]]) -> list[Result]:
-    """NumPy and Arrow let other threads run while they work on arrays as long as these."""
+    """NumPy, Arrow and native code let other threads run while they work on arrays as long as these."""
     if len(ranges) < 2:
         return list(starmap(work, ranges))
     return list(made_ahead((partial(work, *each) for each in ranges), most=pa.cpu_count()))
-
-
-def _relevant_hits(candidates: Numbered, edge_S: np.ndarray, query_S: np.ndarray,
-                   relevant: Relevant) -> tuple[np.ndarray, np.ndarray]:
-    """(hit, position among the relevant candidates) of each relevant hit of a block, in order of the hits.
-
-    Hashes find them and the strings confirm it; where they do not, exact numbers decide. UserError: a candidate
-    twice under one query.
-    """
-    first, num_hits, count_S = int(edge_S[0]), int(edge_S[-1] - edge_S[0]), np.diff(edge_S)
-    wanted_J, wanted_S = relevant.of_queries(query_S)
-    left_T, right_T = twins([Part(candidates.hashes(first, num_hits), count_S),
-                             Part(relevant.hash_J[wanted_J], wanted_S)])
-    is_found_T = (left_T >= 0) & (left_T < num_hits) & (right_T >= num_hits)
-    if not is_found_T.all() or not candidates.strings(first, num_hits, left_T).equals(
-            relevant.candidate_J.take(pa.array(wanted_J[right_T - num_hits]))):
-        ids, wanted = candidates.strings(first, num_hits), relevant.candidate_J.take(pa.array(wanted_J))
-        number_N = exact_numbers(pa.concat_arrays([ids, wanted]))
-        left_T, right_T = twins([Part(number_N[:num_hits], count_S), Part(number_N[num_hits:], wanted_S)])
-        if (right_T < num_hits).any():
-            hit = int(left_T[right_T < num_hits].min())
-            row = int(np.searchsorted(edge_S, first + hit, side="right")) - 1
-            raise UserError(f"the run has candidate {ids[hit]} more than once for one query",
-                            f"query {relevant.queries[int(query_S[row])]}",
-                            "a candidate has one rank per query: remove the others")
-    order_T = np.argsort(left_T)
-    return first + left_T[order_T], wanted_J[right_T[order_T] - num_hits]
 
 
 def _refuse_parted(query_S: np.ndarray, queries: pa.Array) -> None:

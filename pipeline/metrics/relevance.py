@@ -7,28 +7,35 @@ Shapes: Q queries, S some of them, N rows of the qrels, J relevant candidates of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.metrics import native
+from pipeline.metrics.identifiers import hashes
 from pipeline.metrics.judged import Ranked
 from pipeline.metrics.matching import Part, twins
-from pipeline.metrics.identifiers import hashes
 from pipeline.metrics.order import places, positions, starts, strings
 
 
-class Relevant(NamedTuple):
+@dataclass(frozen=True)
+class Relevant:
     """Distinct (query, candidate) pairs of positive relevance, query by query, the most relevant first."""
 
     queries: pa.Array        # strings, all that are asked about
     query_J: np.ndarray      # int64: position among the queries, ascending
     candidate_J: pa.Array    # strings
-    hash_J: np.ndarray       # of the candidates
     relevance_J: np.ndarray  # int32, positive
     row_J: np.ndarray        # the qrels row that each was taken from
     start_Q: np.ndarray      # where each query begins
     count_Q: np.ndarray
+
+    @cached_property
+    def hash_J(self) -> np.ndarray:
+        """Of the candidates."""
+        return hashes(self.candidate_J)
 
     def of_queries(self, query_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(positions, one query after the other; how many each query has)."""
@@ -48,14 +55,21 @@ def relevant_of(qrels: pa.Table, queries: pa.Array) -> Relevant:
     relevance_N, query_N = qrels.column("relevance").to_numpy(), positions(qrels.column("query_id"), queries)
     candidate_N = strings(qrels.column("candidate_id"))
     row_J = _most_relevant_first(np.flatnonzero((relevance_N > 0) & (query_N >= 0)), query_N, relevance_N)
-    hash_J = hashes(candidate_N.take(pa.array(row_J)))
+    candidate_J = candidate_N.take(pa.array(row_J))
     count_Q = np.bincount(query_N[row_J], minlength=len(queries))
-    if len(twins([Part(hash_J, count_Q)])[0]):  # a pair that is judged twice, or an accident of hashing
-        kept_J = _first_of_each_pair(query_N[row_J], candidate_N.take(pa.array(row_J)))
-        row_J, hash_J = row_J[kept_J], hash_J[kept_J]
+    if _has_twins(candidate_J, count_Q):  # a pair that is judged twice, or an accident of hashing
+        kept_J = _first_of_each_pair(query_N[row_J], candidate_J)
+        row_J, candidate_J = row_J[kept_J], candidate_J.take(pa.array(kept_J))
         count_Q = np.bincount(query_N[row_J], minlength=len(queries))
-    return Relevant(queries, query_N[row_J].astype(np.int64), candidate_N.take(pa.array(row_J)), hash_J,
-                    relevance_N[row_J].astype(np.int32), row_J, np.cumsum(count_Q) - count_Q, count_Q)
+    return Relevant(queries, query_N[row_J].astype(np.int64), candidate_J, relevance_N[row_J].astype(np.int32), row_J,
+                    np.cumsum(count_Q) - count_Q, count_Q)
+
+
+def _has_twins(candidate_J: pa.Array, count_Q: np.ndarray) -> bool:
+    library = native.load_for(len(candidate_J))
+    if library is not None:
+        return native.has_twins(library, candidate_J, count_Q)
+    return len(twins([Part(hashes(candidate_J), count_Q)])[0]) > 0
 
 
 def _most_relevant_first(row_J: np.ndarray, query_N: np.ndarray, relevance_N: np.ndarray) -> np.ndarray:

@@ -31,6 +31,6 @@ def _built(name: str) -> Path:
     assert _COMPILER is not None
     extra = os.environ.get(EXTRA_FLAGS, "").split()
     if name != "emulated amx":
-        return native.compiled(_COMPILER, [*native.flags(name), *extra], [], name)
+        return native.SOURCE.compiled(_COMPILER, [*native.flags(name), *extra], [], name)
     flags = [*native.flags(native.available_units()[0]), *extra, f'-DPLUMBLINE_EMULATED_TILES="{EMULATED}"']
-    return native.compiled(_COMPILER, [flag for flag in flags if "amx" not in flag], [EMULATED], "emulated-amx")
+    return native.SOURCE.compiled(_COMPILER, [flag for flag in flags if "amx" not in flag], [EMULATED], "emulated-amx")

@@ -15,6 +15,7 @@ import pytest
 from pipeline.indexes import exact, native, score, statistics
 from pipeline.indexes.native_kernel import NativeKernel
 from pipeline.indexes.torch_kernel import TorchKernel
+from pipeline.support import native_build
 from pipeline.support.errors import UserError
 from tests.indexes import kernels
 from tests.indexes.oracle import statistics_of
@@ -62,7 +63,7 @@ def test_asking_for_what_cannot_be_had_is_a_mistake(monkeypatch: pytest.MonkeyPa
 @needs_compiler
 def test_small_searches_do_not_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._target.cache_clear()
+    native_build._target.cache_clear()
     try:
         assert isinstance(exact.choose_kernel("auto", "cpu", "auto", work=1e6), TorchKernel)
         assert not list(tmp_path.rglob("*.so"))
@@ -70,7 +71,7 @@ def test_small_searches_do_not_compile(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert [path.suffix for path in tmp_path.rglob("native-*")] == [".so"]
         assert isinstance(exact.choose_kernel("auto", "cpu", "auto", work=1e6), NativeKernel), "it is there now"
     finally:
-        native._target.cache_clear()
+        native_build._target.cache_clear()
 
 
 def test_without_a_compiler_torch_takes_over_and_says_so(
@@ -101,19 +102,19 @@ def test_a_cache_that_others_can_write_to_is_not_used(monkeypatch: pytest.Monkey
     folder = tmp_path / "plumbline" / "native"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    native._target.cache_clear()
+    native_build._target.cache_clear()
     try:
         assert isinstance(exact.choose_kernel("auto", "cpu", "auto", work=1e20), TorchKernel)
         assert "can be written by others" in caplog.text
     finally:
-        native._target.cache_clear()
+        native_build._target.cache_clear()
 
 
 @needs_compiler
 def test_a_library_that_cannot_be_loaded_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                          caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "native.so").write_bytes(b"made for another system")
-    monkeypatch.setattr(native, "built", lambda unit: tmp_path / "native.so")
+    monkeypatch.setattr(native_build.Source, "built", lambda *_: tmp_path / "native.so")
     assert isinstance(exact.choose_kernel("auto", "cpu", "auto", work=1e20), TorchKernel)
     assert "cannot be loaded" in caplog.text
 
@@ -122,13 +123,13 @@ def test_a_library_that_cannot_be_loaded_is_done_without(monkeypatch: pytest.Mon
 def test_no_place_for_a_cache_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    native._target.cache_clear()
+    native_build._target.cache_clear()
     try:
         for work in (1e6, 1e20):
             native.load.cache_clear()
             assert isinstance(exact.choose_kernel("auto", "cpu", "auto", work), TorchKernel)
     finally:
-        native._target.cache_clear()
+        native_build._target.cache_clear()
 
 
 @needs_compiler

@@ -15,10 +15,12 @@ from pipeline.metrics.judging import judge
 from pipeline.metrics.ranking import Judged
 from pipeline.support.errors import UserError
 from pipeline.tables import QRELS, RUN
+from tests.metrics.ways import way  # noqa: F401
 
 Run = dict[str, list[str]]
 Qrels = list[tuple[str, str, int]]
 
+pytestmark = pytest.mark.usefixtures("way")
 untimed = settings(deadline=None, max_examples=60)
 
 QUERIES = ["q1", "q2", "q10", "", "null"]
@@ -77,7 +79,7 @@ def test_every_hit_has_the_relevance_it_was_judged_to_have(run: Run, qrels: Qrel
 
 @pytest.fixture(params=[0, 1 << 61, (1 << 40) + 1], ids=["no hash at all", "three bits", "the first bytes"])
 def poor_hash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(identifiers, "_ODD", request.param)
+    monkeypatch.setattr(identifiers, "ODD", request.param)
     yield
 
 

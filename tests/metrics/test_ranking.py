@@ -14,10 +14,12 @@ from pipeline.metrics import judging, ranking
 from pipeline.metrics.ranking import Judged, Metric, best_possible, evaluate, judge, known_metrics, order_run
 from pipeline.support.errors import UserError
 from pipeline.tables import QRELS, RUN
+from tests.metrics.ways import way  # noqa: F401
 
 Run = dict[str, list[str]]
 Qrels = dict[str, dict[str, int]]
 
+pytestmark = pytest.mark.usefixtures("way")
 untimed = settings(deadline=None, max_examples=40)  # no deadline: the first call pays for imports
 
 CUTS = [None, 1, 2, 3, 5, 10, 50]

@@ -24,6 +24,7 @@ import pytrec_eval
 
 from pipeline.artifacts import Artifact, Identity, shard_file
 from pipeline.embeddings import read_table, write_table
+from pipeline.metrics import native
 from pipeline.metrics.ranking import Metric, evaluate, judge
 from pipeline.stages import retrieve, score
 from pipeline.support.errors import UserError
@@ -65,6 +66,7 @@ def rows(options: Options) -> Iterator[Row]:
         flows = {name: partial(alone, "-m", "tests.speed.score", name, root) for name in ("ours", "theirs")}
         turns = processes_by_turns(flows, 1)
         facts = {"depth": options.depth, "pool": options.pool, "measures": len(NAMES),
+                 "matching": "NumPy" if native.load_for(options.queries * options.depth) is None else "native",
                  "peak_gb": peak_of(turns["ours"]), "baseline_peak_gb": peak_of(turns["theirs"])}
         yield from _compared(root, options, facts)
 
