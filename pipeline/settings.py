@@ -14,7 +14,7 @@ from pipeline.stages import collect, embed, index, retrieve
 from pipeline.support.errors import UserError, nearest
 from pipeline.training import settings as training
 
-FORMATS = ("trec", "tsv", "jsonl")
+FORMATS = ("trec", "qrels", "jsonl", "tsv", "mteb", "per_query", "per_query_csv", "markdown", "latex")
 
 
 @dataclass(frozen=True)

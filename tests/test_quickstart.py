@@ -86,7 +86,7 @@ def test_other_scores_are_told(quickstart: Experiment, work: Path, capsys: pytes
     assert main(["run", "quickstart", *arguments]) == 0
     capsys.readouterr()
     assert main(["verify", "quickstart", *arguments]) == 1
-    assert "DIFFERS" in capsys.readouterr().out
+    assert "FAIL" in capsys.readouterr().out
 
 
 def test_the_golden_file_names_the_shipped_weights_and_their_log_is_whole() -> None:

@@ -1,42 +1,24 @@
 """retrieval_results/: runs, retrieved candidates and result tables in the formats other programs read.
 
 Every file is whole or absent, and `exported.json` remembers from which artifacts and options it was made, so
-a second export writes only what has changed. Files of cells that left the experiment are left alone.
+a second export writes only what has changed. What stands in that record is current or gone: a file of a cell that left
+the experiment is removed, and so is an outdated one of a format that is no longer asked for; a current one of such a
+format stays. Files that the record does not name, or that were changed by hand, are never removed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from hashlib import sha256
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-
-from pipeline.artifacts import atomic_path, shard_file, write_json
-from pipeline.embeddings import read_table
-from pipeline.plan import Plan, Scored, manifest_of
-from pipeline.report.retrieved import write_retrieved
+from pipeline.artifacts import atomic_path, write_json
+from pipeline.plan import Plan
+from pipeline.report.exported import File, files_of
 from pipeline.report.rows import score_rows
-from pipeline.report.trec import write_trec_run
-from pipeline.report.uniir import README, result_table
-from pipeline.stages.score import Job
 
 VERSION = 1
 _RECORD = "exported.json"
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file to export: its name below retrieval_results/, what it is made from, and how."""
-
-    name: str
-    made_from: Mapping[str, Any]
-    write: Callable[[Path], None]
 
 
 def export(plan: Plan, again: bool = False) -> list[Path]:
@@ -45,7 +27,11 @@ def export(plan: Plan, again: bool = False) -> list[Path]:
     NotReady if not everything is scored; UserError if an identifier cannot stand in a TREC file.
     """
     exported = _Exported(plan.experiment.directory / "retrieval_results")
-    return [exported.write(file) for file in _files(plan) if again or not exported.is_current(file)]
+    known, formats = files_of(plan, score_rows(plan)), plan.experiment.settings.export.formats
+    written = [exported.write(file) for name in dict.fromkeys(formats) for file in known[name]
+               if again or not exported.is_current(file)]
+    exported.remove_others([file for files in known.values() for file in files])
+    return written
 
 
 class _Exported:
@@ -61,11 +47,11 @@ class _Exported:
         if isinstance(found, dict):
             self.record = found
 
-    def is_current(self, file: _File) -> bool:
+    def is_current(self, file: File) -> bool:
         path = self.directory / file.name
         return path.is_file() and self.record.get(file.name) == _entry(file, path)
 
-    def write(self, file: _File) -> Path:
+    def write(self, file: File) -> Path:
         path = self.directory / file.name
         with atomic_path(path) as temporary:
             file.write(temporary)
@@ -73,55 +59,23 @@ class _Exported:
         write_json(self.directory / _RECORD, self.record)
         return path
 
+    def remove_others(self, files: list[File]) -> None:
+        """Forget, and remove, what is not one of these files as it would be written now."""
+        current = {file.name for file in files if file.name in self.record and self.is_current(file)}
+        others = [name for name in self.record if name not in current]
+        for name in others:
+            if self._is_ours(name):
+                (self.directory / name).unlink()
+            del self.record[name]
+        if others:
+            write_json(self.directory / _RECORD, self.record)
 
-def _entry(file: _File, path: Path) -> dict[str, Any]:
+    def _is_ours(self, name: str) -> bool:
+        """Below this directory, a plain file, and of the size that was recorded."""
+        path, entry = self.directory / name, self.record[name]
+        is_inside = path.resolve().is_relative_to(self.directory.resolve())
+        return is_inside and path.is_file() and isinstance(entry, dict) and entry.get("bytes") == path.stat().st_size
+
+
+def _entry(file: File, path: Path) -> dict[str, Any]:
     return {"version": VERSION, **file.made_from, "bytes": path.stat().st_size}
-
-
-def _files(plan: Plan) -> Iterator[_File]:
-    rows, formats = score_rows(plan), plan.experiment.settings.export.formats
-    for scored in plan.scored:
-        if "trec" in formats:
-            yield _run_file(plan, scored)
-        if "jsonl" in formats:
-            yield _retrieved_file(plan, scored)
-    if "tsv" in formats:
-        yield _text_file("final_tsv/README.txt", README)
-        for encoder, own in groupby(rows, key=lambda row: row.encoder):
-            yield _text_file(f"final_tsv/{encoder}.tsv", result_table(list(own), plan.experiment))
-
-
-def _run_file(plan: Plan, scored: Scored) -> _File:
-    job, depth = scored.job, plan.experiment.settings.export.depth
-    made_from = {"run": job.run.label, "depth": depth, "tag": scored.encoder}
-    return _File(f"run_files/{_stem(scored)}.txt", made_from, partial(_write_run, job, depth, scored.encoder))
-
-
-def _retrieved_file(plan: Plan, scored: Scored) -> _File:
-    job, settings = scored.job, plan.experiment.settings
-    depth, rule = settings.export.depth, settings.embed.instruction
-    tables = [artifact.label for artifact in (job.task, *job.pools)]
-    made_from = {"run": job.run.label, "tables": tables, "depth": depth, "instruction": rule}
-    name = f"retrieved_candidates/{_stem(scored)}.jsonl"
-    return _File(name, made_from, lambda path: write_retrieved(job, path, depth, rule))
-
-
-def _stem(scored: Scored) -> str:
-    return f"{scored.encoder}.{scored.task.name}.{scored.pool}"
-
-
-def _write_run(job: Job, depth: int, tag: str, path: Path) -> None:
-    """Shard by shard: a run may be larger than memory."""
-    with path.open("wb") as file:
-        for number in range(manifest_of(job.run.directory)["shards"]):
-            run = read_table(job.run.path(shard_file("run", number)), job.run.fingerprint)
-            write_trec_run(run.filter(pc.less_equal(run["rank"], depth)), file, tag)
-
-
-def _text_file(name: str, text: str) -> _File:
-    content = text.encode()
-    return _File(name, {"sha256": sha256(content).hexdigest()}, partial(_write_bytes, content))
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    path.write_bytes(content)

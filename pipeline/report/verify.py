@@ -1,8 +1,10 @@
 """verify: do the scores on disk equal those that stand in configs/golden/<experiment>.yaml?
 
-A golden file holds the headline mean of every cell in six decimals, and the tolerance that another machine, device
-or library is allowed. What is missing, what is added and what is measured by another metric differ as well: a
-comparison that left them out would agree too easily.
+A golden file holds a metric's mean for every cell, and the tolerance that another machine, device or library is
+allowed: OK is within it, near within three times it, FAIL beyond; only OK is agreement. Its numbers may be those of a
+finished run (`--write`) or published ones, whose `source` it names. Who runs some of the tasks wants to know about
+those: cells that were not run, and cells of which nothing is expected, are named and counted, and fail nothing; but
+where nothing at all can be compared, nothing agrees.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ from pipeline.support.errors import UserError
 
 DECIMALS = 6
 TOLERANCE = 0.002  # near ties may fall otherwise with other devices and library versions
+NEAR = 3  # times the tolerance: more than noise, but rather another instruction or library than another model
 _TITLES = ("encoder", "task", "pool", "expected", "found", "difference", "")
 
+_COMPARED = ("OK", "near", "FAIL")
+
 Key = tuple[str, str, str]  # encoder, task, pool
+Means = Mapping[str, float]  # of every metric of a cell, rounded to six decimals
 
 
 class Cell(NamedTuple):
-    """A headline: which metric, and its mean over the queries, a fraction rounded to six decimals."""
+    """What is expected: which metric, and its mean over the queries, a fraction."""
 
     metric: str
     mean: float
@@ -38,13 +44,17 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Golden:
+    """`source`: where the numbers come from, and `split`: of which split they are, where the file says so."""
+
     tolerance: float
     cells: Mapping[Key, Cell]
+    source: str = ""
+    split: str = ""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`lines` to print, and whether all cells agree within the tolerance."""
+    """`lines` to print, and whether something was compared and all of it agrees within the tolerance."""
 
     lines: tuple[str, ...]
     is_equal: bool
@@ -62,19 +72,40 @@ def verify(plan: Plan) -> Verdict:
         known = ", ".join(pieces.available("golden")) or "none yet"
         raise UserError(f"there are no expected scores for experiment '{plan.experiment.name}'", str(path),
                         f"there are: {known}")
-    return compare(read_golden(path), _cells(score_rows(plan)))
+    golden, split = read_golden(path), plan.experiment.benchmark.split
+    if golden.split not in ("", split):
+        raise UserError(f"the expected scores are of split {golden.split}, this experiment is on split {split}",
+                        str(path), f"set benchmark.split={golden.split}")
+    return compare(golden, _means(score_rows(plan)))
 
 
-def compare(golden: Golden, found: Mapping[Key, Cell]) -> Verdict:
-    """Cell by cell, in the order of the golden file; added cells stand last."""
-    keys = list(dict.fromkeys([*golden.cells, *found]))
-    remarks = {key: _remark(golden.cells.get(key), found.get(key), golden.tolerance) for key in keys}
-    lines = [_line(key, golden.cells.get(key), found.get(key), remarks[key]) for key in keys]
-    agreeing = sum(remark == "ok" for remark in remarks.values())
-    are_same = golden.cells == dict(found)
-    last = (f"{agreeing} of {len(keys)} agree within {golden.tolerance:.{DECIMALS}f}; "
-            f"{'all are' if are_same else 'not all are'} equal to {DECIMALS} decimals")
-    return Verdict((*_aligned(lines), "", last), 0 < agreeing == len(keys))
+def compare(golden: Golden, found: Mapping[Key, Means]) -> Verdict:
+    """Cell by cell, in the order of the golden file, then averages of what was compared; added cells stand last."""
+    states = {key: _state(cell, found.get(key), golden.tolerance) for key, cell in golden.cells.items()}
+    added = [key for key in found if key not in golden.cells]
+    lines = [_line(key, cell, found.get(key), states[key]) for key, cell in golden.cells.items()]
+    lines += [(*key, "-", "-", "-", "nothing is expected") for key in added]
+    lines += _averages(golden, found, [key for key, state in states.items() if state in _COMPARED])
+    return Verdict((*_aligned(lines), "", *_summary(golden, found, list(states.values()), len(added))),
+                   "OK" in states.values() and not {"near", "FAIL"} & set(states.values()))
+
+
+def _summary(golden: Golden, found: Mapping[Key, Means], states: Sequence[str], added: int) -> Iterator[str]:
+    counts = {state: states.count(state) for state in (*_COMPARED, "not run", "not measured")}
+    compared = sum(counts[state] for state in _COMPARED)
+    are_same = compared and all(found[key].get(cell.metric) == round(cell.mean, DECIMALS)
+                                for key, cell in golden.cells.items() if key in found)
+    yield (f"{counts['OK']} of {compared} agree within {golden.tolerance:.{DECIMALS}f}; "
+           f"{'all are' if are_same else 'not all are'} equal to {DECIMALS} decimals")
+    others = [f"{counts['near']} near: within {NEAR} times that" * bool(counts["near"]),
+              f"{counts['FAIL']} FAIL" * bool(counts["FAIL"]),
+              f"{counts['not run']} not run: this experiment, with these options, does not have them"
+              * bool(counts["not run"]),
+              f"{counts['not measured']} by a metric that was not measured" * bool(counts["not measured"]),
+              f"of {added} nothing is expected" * bool(added)]
+    yield from filter(None, others)
+    if golden.source:
+        yield f"expected: {golden.source}"
 
 
 def read_golden(path: Path) -> Golden:
@@ -85,7 +116,7 @@ def read_golden(path: Path) -> Golden:
         cells = {(str(encoder), str(task), str(pool)): Cell(metrics[str(task)], float(mean))
                  for encoder, tasks in loaded["scores"].items()
                  for task, pools in tasks.items() for pool, mean in pools.items()}
-        return Golden(_checked(loaded["tolerance"]), cells)
+        return Golden(_checked(loaded["tolerance"]), cells, str(loaded.get("source", "")), str(loaded.get("split", "")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"this is not a file of expected scores: {error}", str(path),
                         "it has `tolerance`, `metrics: {task: name}` and `scores: {encoder: {task: {pool: mean}}}`"
@@ -100,9 +131,10 @@ def write_golden(plan: Plan, path: Path, tolerance: float = TOLERANCE) -> None:
         raise UserError(str(error)) from None
     rows = score_rows(plan)
     scores: dict[str, Any] = {}
-    for (encoder, task, pool), cell in _cells(rows).items():
-        scores.setdefault(encoder, {}).setdefault(task, {})[pool] = cell.mean
-    values = {"tolerance": float(tolerance), "metrics": {row.task: row.headline for row in rows}, "scores": scores}
+    for row in rows:
+        scores.setdefault(row.encoder, {}).setdefault(row.task, {})[row.pool] = round(row.value.mean, DECIMALS)
+    values = {"tolerance": float(tolerance), "split": plan.experiment.benchmark.split,
+              "metrics": {row.task: row.headline for row in rows}, "scores": scores}
     comments = "".join(f"# {line}\n" for line in _origin(plan, rows))
     with atomic_path(path) as temporary:
         temporary.write_text(comments + yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None,
@@ -141,30 +173,47 @@ def _origin(plan: Plan, rows: Sequence[ScoreRow]) -> Iterator[str]:
         yield from textwrap.wrap(line.encode("ascii", "backslashreplace").decode(), 110)
 
 
-def _cells(rows: Sequence[ScoreRow]) -> dict[Key, Cell]:
-    return {(row.encoder, row.task, row.pool): Cell(row.headline, round(row.value.mean, DECIMALS)) for row in rows}
+def _means(rows: Sequence[ScoreRow]) -> dict[Key, Means]:
+    return {(row.encoder, row.task, row.pool):
+            {name: round(value.mean, DECIMALS) for name, value in row.metrics.items()} for row in rows}
 
 
-def _remark(expected: Cell | None, found: Cell | None, tolerance: float) -> str:
-    if expected is None:
-        return "DIFFERS: not expected"
+def _state(expected: Cell, found: Means | None, tolerance: float) -> str:
     if found is None:
-        return "DIFFERS: not there"
-    if expected.metric != found.metric:
-        return f"DIFFERS: {found.metric}, not {expected.metric}"
-    return "ok" if abs(_difference(expected, found)) <= tolerance else "DIFFERS"
+        return "not run"
+    if expected.metric not in found:
+        return "not measured"
+    away = abs(_difference(expected.mean, found[expected.metric]))
+    if away <= tolerance:
+        return "OK"
+    return "near" if away <= round(NEAR * tolerance, DECIMALS) else "FAIL"
 
 
-def _difference(expected: Cell, found: Cell) -> float:
+def _difference(expected: float, found: float) -> float:
     """Rounded again: 0.612 - 0.61 is a little more than 0.002 in binary."""
-    return round(found.mean - expected.mean, DECIMALS)
+    return round(found - expected, DECIMALS)
 
 
-def _line(key: Key, expected: Cell | None, found: Cell | None, remark: str) -> tuple[str, ...]:
-    means = [f"{cell.mean:.{DECIMALS}f}" if cell else "-" for cell in (expected, found)]
-    is_comparable = expected and found and expected.metric == found.metric
-    difference = f"{_difference(expected, found):+.{DECIMALS}f}" if expected and found and is_comparable else "-"
-    return (*key, *means, difference, remark)
+def _line(key: Key, expected: Cell, found: Means | None, state: str) -> tuple[str, ...]:
+    mean = None if found is None else found.get(expected.metric)
+    if mean is None:
+        return (*key, f"{expected.mean:.{DECIMALS}f}", "-", "-",
+                state if found is None else f"{state}: {expected.metric}")
+    return (*key, *_numbers(expected.mean, mean), state)
+
+
+def _numbers(expected: float, found: float) -> tuple[str, str, str]:
+    return (f"{expected:.{DECIMALS}f}", f"{found:.{DECIMALS}f}", f"{_difference(expected, found):+.{DECIMALS}f}")
+
+
+def _averages(golden: Golden, found: Mapping[Key, Means], compared: Sequence[Key]) -> Iterator[tuple[str, ...]]:
+    """Of the tasks that were compared, per encoder and pool; it has no verdict of its own."""
+    for encoder, pool in dict.fromkeys((encoder, pool) for encoder, _, pool in compared):
+        own = [key for key in compared if (key[0], key[2]) == (encoder, pool)]
+        if len(own) > 1:
+            expected = sum(golden.cells[key].mean for key in own) / len(own)
+            mean = sum(found[key][golden.cells[key].metric] for key in own) / len(own)
+            yield (encoder, f"average of {len(own)} tasks", pool, *_numbers(expected, mean), "")
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import artifacts
@@ -16,13 +19,16 @@ from pipeline.config import Experiment, load
 from pipeline.embeddings import read_table, write_table
 from pipeline.loading import choose_prompts
 from pipeline.plan import Plan, Scored, make_plan
-from pipeline.report import retrieved, uniir
+from pipeline.report import mteb_json, retrieved, uniir
 from pipeline.report.export import export
+from pipeline.report.exported import files_of
+from pipeline.report.per_query import write_parquet
 from pipeline.report.retrieved import write_retrieved
 from pipeline.report.tables import score_rows
-from pipeline.report.trec import read_trec_run
+from pipeline.report.trec import read_trec_qrels, read_trec_run
 from pipeline.report.uniir import metric_name, result_table, task_number
-from pipeline.stages.score import Job, tables_of
+from pipeline.settings import FORMATS
+from pipeline.stages.score import PER_QUERY, Job, tables_of
 from pipeline.tables import CANDIDATES, QRELS, QUERIES, RUN, Candidate, Qrel, Query, table_of
 from tests.runs import run_table
 
@@ -147,12 +153,131 @@ def test_what_changed_is_written_again(plan: Plan, quick_run: Experiment, small_
     assert folders == {"run_files", "retrieved_candidates"}
 
 
-def test_files_of_other_cells_are_left_alone(plan: Plan, quick_run: Experiment,
-                                             small_arguments: list[str]) -> None:
+def fewer_tasks(plan: Plan, quick_run: Experiment, small_arguments: list[str], *more: str) -> Plan:
+    return planned(quick_run, small_arguments, f"name={plan.experiment.name}", f"tasks=[{TASKS[0]}]", *more)
+
+
+def files(plan: Plan) -> set[str]:
+    return {str(path.relative_to(directory(plan))) for path in directory(plan).rglob("*")
+            if path.is_file() and path.name != "exported.json"}
+
+
+def test_files_of_cells_that_left_are_removed_and_nothing_else(plan: Plan, quick_run: Experiment,
+                                                               small_arguments: list[str]) -> None:
+    written = names(plan, export(plan))
+    runs = directory(plan) / "run_files"
+    own, edited = runs / "mine.txt", runs / f"quickstart_clip.{TASKS[1]}.local.txt"
+    own.write_text("not in the record")
+    edited.write_text("changed by hand")
+    export(fewer_tasks(plan, quick_run, small_arguments))
+    left = {name for name in written if TASKS[1] in name}
+    assert len(left) == 4
+    assert files(plan) == written - left | {str(path.relative_to(directory(plan))) for path in (own, edited)}
+    recorded = json.loads((directory(plan) / "exported.json").read_text())
+    assert set(recorded) == written - left
+    assert names(plan, export(plan)) == {"final_tsv/quickstart_clip.tsv", *left}
+
+
+def test_current_files_of_another_format_stay_and_outdated_ones_go(plan: Plan, quick_run: Experiment,
+                                                                   small_arguments: list[str]) -> None:
+    written = names(plan, export(plan))
+    name = f"name={plan.experiment.name}"
+    export(planned(quick_run, small_arguments, name, "export.formats=[tsv]"))
+    assert files(plan) == written
+    export(planned(quick_run, small_arguments, name, "export.formats=[tsv]", f"export.depth={DEPTH - 1}"))
+    assert files(plan) == {file for file in written if file.startswith("final_tsv/")}
+
+
+def test_a_forged_record_removes_nothing_elsewhere(plan: Plan, tmp_path: Path) -> None:
     export(plan)
-    fewer = planned(quick_run, small_arguments, f"name={plan.experiment.name}", f"tasks=[{TASKS[0]}]")
-    assert names(plan, export(fewer)) == {"final_tsv/quickstart_clip.tsv"}
-    assert names(plan, export(plan)) == {"final_tsv/quickstart_clip.tsv"}
+    names = ["../../outside.txt", str(tmp_path / "outside.txt")]
+    for name in names:
+        (directory(plan) / name).write_text("keep")
+    record = directory(plan) / "exported.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), **dict.fromkeys(names, {"bytes": 4}), "odd": 3}))
+    export(plan)
+    for name in names:
+        assert (directory(plan) / name).read_text() == "keep" and name not in record.read_text()
+
+
+def test_every_format_that_may_be_asked_for_is_there(plan: Plan) -> None:
+    assert set(files_of(plan, score_rows(plan))) == set(FORMATS)
+
+
+def test_qrels_are_those_of_the_tables(quick_run: Experiment, small_arguments: list[str]) -> None:
+    plan = planned(quick_run, small_arguments, "name=qrels", "export.formats=[qrels]")
+    assert names(plan, export(plan)) == {f"qrels/{task}.txt" for task in TASKS} and not export(plan)
+    for scored in plan.scored:
+        qrels = read_table(scored.job.task.path("qrels.parquet"), None).replace_schema_metadata(None)
+        assert read_trec_qrels(directory(plan) / f"qrels/{scored.task.name}.txt").equals(qrels)
+
+
+def test_values_per_query_are_those_that_are_kept(quick_run: Experiment, small_arguments: list[str]) -> None:
+    plan = planned(quick_run, small_arguments, "name=per_query", "export.formats=[per_query, per_query_csv]")
+    assert len(export(plan)) == 1 + 4 and not export(plan)
+    whole = pq.read_table(directory(plan) / "per_query/per_query.parquet").to_pandas()
+    assert list(whole.columns[:4]) == ["encoder", "task", "pool", "query_id"]
+    for scored in plan.scored:
+        kept = read_table(scored.job.artifact.path(PER_QUERY), None).to_pandas()
+        kinds = {name: np.float32 for name in kept.columns[1:]}
+        text = pd.read_csv(cell_file(plan, scored, "per_query", "csv"), dtype=kinds)
+        here = whole[(whole.task == scored.task.name) & (whole.pool == scored.pool)].reset_index(drop=True)
+        for table in (text, here):
+            assert set(table.encoder) == {scored.encoder} and set(table.pool) == {scored.pool}
+            pd.testing.assert_frame_equal(table[list(kept.columns)], kept, check_exact=True, check_dtype=False)
+
+
+def test_metrics_that_a_task_does_not_have_are_null(tmp_path: Path, plan: Plan) -> None:
+    first, *_, last = plan.scored
+    other = tmp_path / "other"
+    artifact = replace(last.job.artifact, root=other, identity=replace(
+        last.job.artifact.identity, params=replace(last.job.artifact.params, metrics=("hit@3",))))
+    table = pa.table({"query_id": ["1", "2"], "hit@3": pa.array([0.5, 1], pa.float32())})
+    write_table(artifact.path(PER_QUERY), table, artifact.fingerprint)
+    write_parquet([first, replace(last, job=replace(last.job, artifact=artifact))], tmp_path / "all.parquet")
+    whole = pq.read_table(tmp_path / "all.parquet")
+    assert whole["hit@5"].null_count == 2 and whole["hit@3"].null_count == len(whole) - 2
+    assert whole["hit@3"].to_pylist()[-2:] == [0.5, 1]
+
+
+def test_mteb_loads_what_is_written_for_it(quick_run: Experiment, small_arguments: list[str]) -> None:
+    mteb = pytest.importorskip("mteb")
+    from mteb.models.model_meta import ModelMeta
+    from mteb.results.task_result import TaskResult
+    plan = planned(quick_run, small_arguments, "name=mteb", "export.formats=[mteb]")
+    written = export(plan)
+    assert len(written) == 1 + 4 and not export(plan)
+    meta, *results = written
+    revision = meta.parent.name
+    assert ModelMeta.model_validate_json(meta.read_text()).name == "plumbline/quickstart_clip"
+    for path, row in zip(results, score_rows(plan)):
+        found = TaskResult.from_disk(path)
+        assert found.task_name == (row.task if row.pool == "local" else f"{row.task}.union") == path.stem
+        assert found.get_score() == found.main_score == round(row.value.mean, 6)
+        scores = found.scores["test"][0]
+        assert scores["hit_rate_at_5"] == round(row.metrics["hit@5"].mean, 6)
+        assert scores["map"] == round(row.metrics["map"].mean, 6) and len(scores) == len(row.metrics) + 4
+    loaded = mteb.ResultCache(directory(plan) / "mteb").load_results(include_remote=False)
+    model, = loaded.model_results
+    assert (model.model_name, model.model_revision) == ("plumbline/quickstart_clip", revision)
+    assert len(model.task_results) == 4
+
+
+def test_the_revision_of_a_model_changes_with_what_makes_its_vectors(plan: Plan) -> None:
+    made = score_rows(plan)[0].made
+    others = [replace(made, precision="bf16"), replace(made, storage="float32"), replace(made, instruction="none"),
+              replace(made, identity={**made.identity, "weights": "sha256:0"})]
+    assert len({mteb_json.revision(each) for each in (made, *others, *others)}) == 5
+    assert mteb_json.revision(replace(made, versions={})) == mteb_json.revision(made)
+
+
+def test_tables_for_people(quick_run: Experiment, small_arguments: list[str]) -> None:
+    plan = planned(quick_run, small_arguments, "name=tables", "export.formats=[markdown, latex]")
+    assert names(plan, export(plan)) == {"tables/scores.md", "tables/scores.tex"} and not export(plan)
+    rows = score_rows(plan)
+    for name in ("scores.md", "scores.tex"):
+        text = (directory(plan) / "tables" / name).read_text()
+        assert all(f"{row.value.mean:.4f}" in text for row in rows)
 
 
 def test_a_damaged_record_costs_only_time(plan: Plan) -> None:
