@@ -10,6 +10,7 @@ from pipeline.config import Experiment
 from pipeline.plan import Plan, make_plan
 from pipeline.reasons import record
 from pipeline.report.export import export
+from pipeline.report.page import write_report
 from pipeline.report.tables import markdown_table, score_rows, terminal_table
 from pipeline.report.tracking import Tracker
 from pipeline.stages import STAGES
@@ -40,10 +41,13 @@ def run_experiment(experiment: Experiment, command: Sequence[str], say: Say) -> 
         with atomic_path(report) as path:
             path.write_text(markdown_table(rows, experiment, warnings_of(plan)))
         tracker.scores(rows)
+        if experiment.settings.log.wandb:
+            tracker.report(write_report(plan, command).path)
     if not any(outcome.made for outcome in outcomes):
         say("nothing to do: everything was there already")
     say(terminal_table(rows, experiment, warnings_of(plan)))
     say(f"table      {report}")
+    say(f"page       python -m pipeline report {command[0] if command else experiment.name}")
     if export(plan):
         say(f"results    {experiment.directory / 'retrieval_results'}")
     return {"stages": [vars(outcome) for outcome in outcomes], **scores(plan)}

@@ -60,6 +60,11 @@ class Tracker:
         if self._run is not None:
             self._try(lambda: self._send(rows))
 
+    def report(self, path: Path) -> None:
+        """The file of the report, as an artifact."""
+        if self._run is not None:
+            self._try(lambda: self._run.log_artifact(str(path), name=f"{self.experiment.name}-report", type="report"))
+
     def _start(self) -> None:
         import wandb
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
