@@ -49,8 +49,8 @@ class _Passing(Exception):
         self.after = after
 
 
-class _Abandoned(Exception):
-    """Another request has failed for good."""
+class Abandoned(Exception):
+    """The request was not made, or not made again: nobody waits for its answer any more."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class JsonService:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        self._client = httpx.Client(headers=headers, timeout=patience.timeout)
+        limits = httpx.Limits(max_connections=patience.concurrency, max_keepalive_connections=patience.concurrency)
+        self._client = httpx.Client(headers=headers, timeout=patience.timeout, limits=limits)
         self._slots = _Slots(patience.requests_per_minute)
 
     def answers(self, bodies: Sequence[Any], read: Callable[[Any, int], Answer]) -> list[Answer]:
@@ -85,7 +86,7 @@ class JsonService:
         """
         stop = threading.Event()
         with ThreadPoolExecutor(max(1, min(self._patience.concurrency, len(bodies)))) as pool:
-            futures = [pool.submit(self._patiently, body, lambda answer, number=number: read(answer, number), stop)
+            futures = [pool.submit(self.answer, body, lambda answer, number=number: read(answer, number), stop)
                        for number, body in enumerate(bodies)]
             try:
                 for future in as_completed(futures):
@@ -96,7 +97,8 @@ class JsonService:
                     future.cancel()
         return [future.result() for future in futures]
 
-    def _patiently(self, body: Any, read: Callable[[Any], Answer], stop: threading.Event) -> Answer:
+    def answer(self, body: Any, read: Callable[[Any], Answer], stop: threading.Event) -> Answer:
+        """`read` of the answer to one body; UserError if it fails for good, Abandoned if `stop` is set before."""
         _, tenacity = _libraries()
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Passing), wait=_seconds_to_wait, sleep=stop.wait,
@@ -113,7 +115,7 @@ class JsonService:
         httpx, _ = _libraries()
         self._slots.take(stop)
         if stop.is_set():
-            raise _Abandoned
+            raise Abandoned
         try:
             response = self._client.post(self._url, content=json.dumps(body).encode())
         except httpx.RequestError as error:
@@ -175,9 +177,9 @@ def service_of(url: str) -> str:
         parts = urlsplit(url)
         valid_port = parts.port  # a property, which raises
     except ValueError:
-        raise UserError("the URL is not valid", None, "url: https://<host>/v1/embeddings") from None
+        raise UserError("the URL is not valid", None, "url: https://<host>/v1/...") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"'{url}' is not the URL of a service", None, "url: https://<host>/v1/embeddings")
+        raise UserError(f"'{url}' is not the URL of a service", None, "url: https://<host>/v1/...")
     if "@" in parts.netloc:
         raise UserError("the URL holds a name or password", parts.hostname,
                         "put the key into an environment variable and name it: key_variable")
