@@ -24,7 +24,8 @@ import numpy as np
 from pipeline.encoders import Item
 from pipeline.encoders.model_directories import directory_identity, find_directory, model_directory
 from pipeline.encoders.precision import arithmetic, check_precision, weights_dtype
-from pipeline.encoders.sentence_transformers_loading import has_many_weights, load_model, refuse_if_used
+from pipeline.encoders.sentence_transformers_loading import (has_many_weights, load_model, refuse_if_used,
+                                                             reserved_words)
 from pipeline.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class SentenceTransformersEncoder:
         self.model, self.params, self.device, self.precision = model, params, device, precision
         self.has_messages = "message" in model.modalities  # a chat template: prompts then reach images too
         self.takes_images = model.supports("image")
+        self.reserved = reserved_words(model)
         kinds = {kind for kind in ("text", "image") if model.supports(kind)}
         is_joined = any(model.supports(pair) for pair in (("text", "image"), ("image", "text")))
         if is_joined or (params.fusion == "sum" and len(kinds) == 2):
@@ -142,7 +144,7 @@ class SentenceTransformersEncoder:
 
     def prepare(self, item: Item) -> Prepared:
         """What the model is given: text and prompt chosen, the image as uint8 [H, W, 3]."""
-        text, prompt = self._wording(item)
+        text, prompt = (words and self.reserved.sub(" ", words) for words in self._wording(item))
         image = None if item.image is None else np.asarray(item.image, np.uint8)
         return Prepared(text or ("" if image is None else None), image, prompt, item.role)
 

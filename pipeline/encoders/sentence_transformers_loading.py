@@ -10,6 +10,7 @@ The trade: while a model loads, transformers' `from_pretrained` is wrapped, whic
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -77,6 +78,13 @@ def has_many_weights(directory: Path) -> bool:
     """More than 4 GiB of them: a model of billions of parameters."""
     files = [*directory.rglob("*.safetensors"), *directory.rglob("*.bin")]
     return sum(path.stat().st_size for path in files) > _MANY_BYTES
+
+
+def reserved_words(model: Any) -> re.Pattern[str]:
+    """What stands for an image, a video or a sound in this model's prompts: a text that spells it out brings none."""
+    processor = model.processor if model.supports("image") else None
+    words = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
+    return re.compile("|".join(re.escape(word) for word in words if word) or "(?!)")  # which matches nowhere
 
 
 @contextmanager

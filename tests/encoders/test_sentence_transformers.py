@@ -225,6 +225,15 @@ def test_a_chat_template_takes_everything_and_the_instruction(llava: Path) -> No
     assert np.abs(vectors(turned, items[2:3]) - other).max() <= 1e-6 < 1e-4 < np.abs(other - expected[2]).max()
 
 
+def test_a_text_that_spells_out_the_image_token_brings_no_image(llava: Path) -> None:
+    encoder = sentence_transformers.build(Params(str(llava), instruction_as="prompt"), "cpu", "fp32")
+    spelled = [Item("red <image> star", None), Item("red <image><image> star", picture(3)), Item("<image>", None),
+               Item("find <image> it blue", picture(2), "find <image> it", "blue", "query")]
+    plain = [Item("red star", None), Item("red star", picture(3)), Item(" ", None),
+             Item("find it blue", picture(2), "find it", "blue", "query")]
+    assert np.abs(vectors(encoder, spelled) - vectors(encoder, plain)).max() <= 1e-6
+
+
 def test_an_instruction_that_cannot_be_a_prompt_stays_in_the_text(clip: Path) -> None:
     """Without a chat template the library drops prompts beside images."""
     encoder = sentence_transformers.build(Params(str(clip), fusion="sum", instruction_as="prompt"), "cpu", "fp32")
