@@ -105,9 +105,6 @@ def _evaluation_commands(subcommands: Any) -> None:
     add("export", commands.export, "write retrieval_results/ again")
     verify = add("verify", commands.verify, "compare the scores with the golden ones of configs/golden")
     verify.add_argument("--write", action="store_true", help="make the scores that are there the golden ones")
-    doctor = add("doctor", commands.doctor, "examine the encoders of an experiment, or any other", json_output=True)
-    doctor.add_argument("--encoder", action="append", metavar="NAME",
-                        help="examine this one (a name in configs/encoders, or a path) instead of the experiment's")
     collector = add("gc", commands.gc, "artifacts that this experiment does not use", several=True)
     collector.add_argument("--delete", action="store_true", help="delete them (without this they are only listed)")
 

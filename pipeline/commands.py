@@ -121,25 +121,6 @@ def verify(options: Any) -> int:
     return DONE if verdict.is_equal else FAILED
 
 
-def doctor(options: Any) -> int:
-    from pipeline.config import load
-    from pipeline.doctor import examined, line_of
-    chosen = [f"encoders=[{','.join(options.encoder)}]"] if options.encoder else []
-    experiment = load(options.experiment, [*options.overrides, *chosen])
-    found: dict[str, list[dict[str, str]]] = {}
-    for choice in experiment.encoders:
-        if not options.json:
-            print(f"encoder {choice.name}")
-        found[choice.name] = []
-        for finding in examined(experiment, choice):
-            found[choice.name].append(finding._asdict())
-            if not options.json:
-                print(line_of(finding), flush=True)
-    if options.json:
-        _print_json(found)
-    return FAILED if any(finding["state"] == "FAIL" for each in found.values() for finding in each) else DONE
-
-
 def train(options: Any) -> int:
     from pipeline.config import load
     from pipeline.train import train

@@ -16,12 +16,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.encoders import Encoder, Item, load_encoder
 from pipeline.support.errors import UserError
+from pipeline.support.findings import Finding, failed, guarded, offline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,43 +38,27 @@ _BATCH = 16
 _SECONDS = 1.0  # for each speed
 
 
-class Finding(NamedTuple):
-    """One line of an examination. state: "ok", "note", or "FAIL", of which `do` says what mends it."""
-
-    state: str
-    name: str
-    detail: str
-    do: str = ""
+def examine(module: str, params: Any, device: str, precision: str, is_offline: bool = False) -> Iterator[Finding]:
+    """Every finding in turn; after one that leaves nothing to examine, no more. `is_offline`: without network."""
+    findings = guarded(_findings(module, params, device, precision), "mend the encoder; --debug shows where")
+    return offline(findings) if is_offline else findings
 
 
-def examine(module: str, params: Any, device: str, precision: str) -> Iterator[Finding]:
-    """Every finding in turn; after one that leaves nothing to examine, no more."""
+def _findings(module: str, params: Any, device: str, precision: str) -> Iterator[Finding]:
     try:
         yield _identity(load_encoder(module), params)
         started = time.perf_counter()
         encoder = load_encoder(module).build(params, device, precision)
         seconds = time.perf_counter() - started
         yield Finding("ok", "build", f"{encoder.dimension} dimensions, {', '.join(sorted(encoder.modalities))}; "
-                                     f"{seconds:.1f} s on {device} in {precision}")
+                                     f"{seconds:.1f} s on {device} in {precision}", "", encoder.dimension)
     except UserError as error:
         yield failed("build", error)
         return
     if getattr(encoder, "needs_ids", False):
         yield Finding("note", "items", "it has vectors for ids, not for contents: there is no more to examine")
         return
-    yield from _guarded(_Examined(encoder, precision).findings())
-
-
-def failed(name: str, error: UserError) -> Finding:
-    """A mistake of the user as a finding."""
-    return Finding("FAIL", name, error.what + (f"  [{error.where}]" if error.where else ""), error.do or "")
-
-
-def _guarded(findings: Iterator[Finding]) -> Iterator[Finding]:
-    try:
-        yield from findings
-    except Exception as error:  # an encoder may fail in any way; the examination says where it was
-        yield Finding("FAIL", "exception", f"{type(error).__name__}: {error}", "mend the encoder; --debug shows where")
+    yield from _Examined(encoder, precision).findings()
 
 
 def _identity(module: Any, params: Any) -> Finding:
@@ -207,19 +192,25 @@ class _Examined:
                 ("image", self.takes_image, Item(None, _picture(3, (640, 480)))),
                 ("image,text", self.takes_both, Item("a small dog", _picture(3, (640, 480)), bare_text="a small dog"))):
             if takes:
-                prepared = [self.encoder.prepare(item)] * _BATCH
-                yield Finding("note", f"speed of {name}", f"{_rate(partial(self.encoder.encode, prepared)):,.0f} "
-                                                          f"vectors/s in batches of {_BATCH}, ready in memory")
+                yield from self._speed(name, item)
+
+    def _speed(self, name: str, item: Item) -> Iterator[Finding]:
+        prepared = [self.encoder.prepare(item)] * _BATCH
+        rate = _rate(partial(self.encoder.encode, prepared), _BATCH, _SECONDS)
+        yield Finding("note", f"speed of {name}", f"{rate:,.0f} vectors/s in batches of {_BATCH}, ready in memory", "",
+                      rate)
+        rate = _rate(partial(self.encoder.prepare, item), 1, _SECONDS / 4)
+        yield Finding("note", f"preparing {name}", f"{rate:,.0f} items/s in one process, decoded already", "", rate)
 
 
-def _rate(encode: Callable[[], Any]) -> float:
-    """Vectors per second, after one call that is not counted."""
-    encode()
+def _rate(work: Callable[[], Any], items: int, seconds: float) -> float:
+    """Items per second, for at least so many seconds, after one call of so many items that is not counted."""
+    work()
     started, count = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - started) < _SECONDS:
-        encode()
-        count += _BATCH
-    return count / seconds
+    while (passed := time.perf_counter() - started) < seconds:
+        work()
+        count += items
+    return count / passed
 
 
 def _text(text: str) -> Item:

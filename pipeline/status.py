@@ -108,7 +108,7 @@ def _audit_warnings(subject: str, audit: dict[str, Any]) -> list[str]:
     if audit["relevant_outside_pool"]:
         share = audit["relevant_outside_pool"] / max(audit["relevant"], 1)
         found.append(f"{subject}: {share:.1%} of the relevant candidates are not in the pool "
-                     "(ceilings are in report/tables.md)")
+                     "(see the ceilings in the report)")
     if count := audit["unanswerable_queries"]["count"]:
         found.append(f"{subject}: {count} queries have no relevant candidate in the pool")
     if audit["qrels_of_unknown_queries"]:

@@ -162,7 +162,7 @@ def test_an_identity_that_wavers_and_a_mistake_of_the_user_are_found(monkeypatch
     def refused() -> Any:
         raise UserError("no weights", "there", "fetch them")
 
-    assert examined(monkeypatch, refused)["build"] == ("FAIL", "build", "no weights  [there]", "fetch them")
+    assert examined(monkeypatch, refused)["build"] == ("FAIL", "build", "no weights  [there]", "fetch them", None)
 
 
 def test_the_command_examines_what_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,10 @@ An adapter is a module with
     qrels(benchmark, task)                 iterator of tables.Qrel
     candidate_modality(benchmark, task)    the modality of what is sought, or None if the task does not fix it
 
+and, where typed texts are to be written as its own are,
+
+    format_string(text) -> str             for `search`
+
 and, for `train` and `mine-negatives` only, as far as its files know of such things,
 
     candidate_lists(benchmark, task)       iterator of (query id, ids of its positives, ids of its hard negatives)

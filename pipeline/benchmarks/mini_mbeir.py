@@ -29,6 +29,8 @@ from pipeline.support.errors import UserError
 
 VERSION = 1
 MARKER = "mini_mbeir.json"
+format_string = mbeir.format_string
+
 # Small worlds (numbers, statements, entries, streets) end before this scale, that of scenes soon after it.
 MAX_SCALE = 100.0
 

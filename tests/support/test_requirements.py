@@ -22,10 +22,11 @@ from pipeline.support.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE, TEST = asked.requirements(), asked.requirements(["test"])
-OPTIONAL = asked.requirements(["wandb", "sentence-transformers", "mteb", "endpoint", "siglip"])
+OPTIONAL = asked.requirements(["wandb", "sentence-transformers", "mteb", "endpoint", "generate", "rag", "siglip",
+                               "pictures"])
 PYTHONS = ("3.11.7", "3.12.1", "3.13.0")
 PROJECT_OF = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "faiss": "faiss-cpu",
-              "open_clip": "open_clip_torch", "pytrec_eval": "pytrec_eval-terrier"}
+              "open_clip": "open_clip_torch", "pytrec_eval": "pytrec_eval-terrier", "markdown_it": "markdown-it-py"}
 UNNAMED = {"torchvision"}  # open_clip needs it, and it must fit torch
 
 
