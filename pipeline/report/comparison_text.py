@@ -34,7 +34,7 @@ def _sentence(comparison: Comparison, pair: tuple[str, str], pool: str) -> str:
     chance = f"; on {unclear} the difference could be chance" if unclear else ""
     return (f"{pair[0]} is better than {pair[1]} on {better} of {tasks} (pool: {pool}, Holm-corrected p < {LEVEL:g}), "
             f"worse on {worse}{chance}. On average it is {average.difference:+.4f} "
-            f"[{average.low:+.4f}, {average.high:+.4f}], p {_p(average.p)}.")
+            f"[{average.low:+.4f}, {average.high:+.4f}], p {shown_p(average.p)}.")
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -105,11 +105,11 @@ def _tables(comparison: Comparison, pair: tuple[str, str]) -> Iterator[tuple[str
 def _cells(row: Difference) -> tuple[str, ...]:
     first, second = row.means
     return (row.task, row.metric, f"{row.queries:,}", f"{first:.4f}", f"{second:.4f}",
-            f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}]", _p(row.p), _p(row.p_holm),
+            f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}]", shown_p(row.p), shown_p(row.p_holm),
             f"{row.wins:,}/{row.ties:,}/{row.losses:,}", row.verdict)
 
 
-def _p(value: float) -> str:
+def shown_p(value: float) -> str:
     """Four digits; below that, that it is below."""
     return "<0.0001" if value < 0.0001 else f"{value:.4f}"
 

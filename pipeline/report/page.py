@@ -75,7 +75,7 @@ def _environment() -> Environment:
     environment = Environment(loader=FileSystemLoader(_PARTS), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=lambda share: f"{share:.1%}", thousands=lambda number: f"{number:,}",
-                               size=_size, score=lambda value: f"{value:.4f}")
+                               size=_size, probability=comparison_text.shown_p, score=lambda value: f"{value:.4f}")
     environment.tests["relevant"] = is_relevant
     return environment
 
