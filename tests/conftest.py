@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of ours or theirs is imported
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -35,6 +36,12 @@ def mini_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_arguments(mini_data: Path) -> list[str]:
     """Overrides that make of any mini M-BEIR experiment a small one, over data that are there already."""
     return [f"benchmark.root={mini_data}", *SMALL]
+
+
+@pytest.fixture(scope="session")
+def quick_copy(quick_run: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the work directory of `quick_run`, for tests that add encoders or experiments to it."""
+    return Path(shutil.copytree(quick_run.work_dir, tmp_path_factory.mktemp("quick") / "copy"))
 
 
 @pytest.fixture(scope="session")

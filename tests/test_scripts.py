@@ -358,5 +358,8 @@ def test_half_of_it_on_request(option: str, tools: list[str], ready: Clone) -> N
 
 def test_continuous_integration_runs_the_tests(ready: Clone, tmp_path: Path) -> None:
     (ready.root / "run_tests.sh").write_text('echo "CI=$CI, $# arguments, input: $(cat)"\n')
-    assert ready.run(".ci/run", directory=tmp_path).stdout == "CI=true, 0 arguments, input: \n"
-    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    (ready.root / ".ci" / "programs").write_text('echo "programs, input: $(cat)"\n')
+    assert ready.run(".ci/run", directory=tmp_path).stdout.splitlines() == [
+        "programs, input: ", "CI=true, 0 arguments, input: ", "CI=true, 5 arguments, input: ",
+        "CI=true, 1 arguments, input: "]
+    assert all(os.access(ROOT / ".ci" / name, os.X_OK) for name in ("run", "programs"))

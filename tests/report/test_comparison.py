@@ -32,9 +32,9 @@ TASKS = ("scenes_task0", "digits_task4", "quiz_task8")
 
 
 @pytest.fixture(scope="module")
-def arguments(quick_run: Experiment, small_arguments: list[str]) -> list[str]:
+def arguments(quick_copy: Path, small_arguments: list[str]) -> list[str]:
     """Two encoders on three tasks, in the folder of the finished quick start."""
-    return [f"work_dir={quick_run.work_dir}", *small_arguments, f"tasks=[{','.join(TASKS)}]",
+    return [f"work_dir={quick_copy}", *small_arguments, f"tasks=[{','.join(TASKS)}]",
             f"encoders=[{','.join(ENCODERS)}]", "name=two", "retrieve.depth=100"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import Experiment, load
+from pipeline.config import load
 from pipeline.embeddings import read_table
 from pipeline.plan import Scored, make_plan
 from pipeline.report.export import export
@@ -18,9 +18,9 @@ TASKS = ("quiz_task8", "digits_task3")  # the first has several relevant candida
 
 
 @pytest.fixture(scope="module")
-def exported(quick_run: Experiment, small_arguments: list[str]) -> list[tuple[Scored, Path, Path]]:
+def exported(quick_copy: Path, small_arguments: list[str]) -> list[tuple[Scored, Path, Path]]:
     """(cell, its run, its qrels), whole runs."""
-    experiment = load("quickstart", [f"work_dir={quick_run.work_dir}", *small_arguments, "name=interoperability",
+    experiment = load("quickstart", [f"work_dir={quick_copy}", *small_arguments, "name=interoperability",
                                      f"tasks=[{','.join(TASKS)}]", "export.depth=100"])
     formats = replace(experiment.settings.export, formats=["trec", "qrels"])
     plan = make_plan(replace(experiment, settings=replace(experiment.settings, export=formats)))

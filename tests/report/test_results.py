@@ -28,9 +28,9 @@ SCHEMA = json.loads((Path(pipeline.__file__).parent / "report" / "retrieved.sche
 
 
 @pytest.fixture
-def experiment(quick_run: Experiment, small_arguments: list[str], request: pytest.FixtureRequest) -> Experiment:
+def experiment(quick_copy: Path, small_arguments: list[str], request: pytest.FixtureRequest) -> Experiment:
     name = request.node.name.replace("[", "-").replace("]", "")
-    return load("quickstart", [f"work_dir={quick_run.work_dir}", f"name={name}", f"tasks=[{','.join(TASKS)}]",
+    return load("quickstart", [f"work_dir={quick_copy}", f"name={name}", f"tasks=[{','.join(TASKS)}]",
                                *small_arguments])
 
 
