@@ -69,19 +69,13 @@ class Resources:
         return ((first or 0) * 60 + (second or 0)) * 60 + third
 
 
-@dataclass(frozen=True)
-class Cluster:
-    name: str
-    resources: Mapping[str, Resources]  # of each stage, and of "train"
-
-
-def load_cluster(name: str) -> Cluster:
-    """The cluster of this name or path; UserError with file and line of what does not fit."""
-    path = pieces.find("clusters", name)
-    values = {key: value for key, value in read_file(path).values.items() if value != ({}, key)}
+def load_cluster(name: str) -> dict[str, Resources]:
+    """What each stage, and "train", asks for on the cluster of this name or path; UserError with file and line of what
+    does not fit."""
+    values = read_file(pieces.find("clusters", name)).values
     for key, (_, where) in values.items():
         _check(key, where)
-    return Cluster(path.stem, {job: _resources(job, values) for job in _JOBS})
+    return {job: _resources(job, values) for job in _JOBS}
 
 
 def _check(key: str, where: str) -> None:

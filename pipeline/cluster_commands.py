@@ -18,10 +18,10 @@ def run(options: Any) -> int:
     """Submit every stage that misses something."""
     from pipeline.config import load
     from pipeline.slurm import max_array_size
-    from pipeline.submission import checked, cluster_of, wanted
+    from pipeline.submission import cluster_of, wanted
     experiment = load(options.experiment, options.overrides)
     cluster = cluster_of(experiment)
-    checked(experiment)
+    experiment.check_encoders()
     limit = sys.maxsize if options.dry_run else max_array_size()
     return _submit(options, experiment, experiment.directory, wanted(experiment, cluster, _command(options), limit))
 
@@ -33,7 +33,7 @@ def train(options: Any) -> int:
     from pipeline.training_set import directory_of
     training = load(options.experiment, options.overrides, kind="training")
     accepted = ["--accept-changes"] if options.accept_changes else []
-    job = Wanted("train", ("train", *_command(options), *accepted), 0, cluster_of(training).resources["train"])
+    job = Wanted("train", ("train", *_command(options), *accepted), 0, cluster_of(training)["train"])
     return _submit(options, training, directory_of(training), [job])
 
 
@@ -47,7 +47,7 @@ def logs(options: Any) -> int:
 
 def cancel(options: Any) -> int:
     from pipeline import slurm
-    from pipeline.queue import active_jobs
+    from pipeline.submission import active_jobs
     jobs = active_jobs(_directory(options))
     if jobs:
         slurm.cancel(jobs)

@@ -56,6 +56,12 @@ class Experiment:
         benchmark = self.benchmark
         return ImageStore(Path(benchmark.root), benchmark.archives, benchmark.trusted_roots, self.work_dir / "cache")
 
+    def check_encoders(self) -> None:
+        """UserError if weights or an environment are missing: better known before millions of rows are read."""
+        for encoder in self.encoders:
+            encoder.identity()
+            encoder.check_interpreter()
+
     def write(self, path: Path) -> None:
         """Write the merged configuration as YAML."""
         with atomic_path(path) as temporary:

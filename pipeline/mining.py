@@ -54,8 +54,7 @@ def mine(experiment: Experiment, count: int, skip: int, say: Say) -> list[Path]:
     """
     searched, wanted = on_train(experiment), Wanted(count, skip)
     _check(searched, wanted)
-    for encoder in searched.encoders:  # weights that are missing are better known before millions of rows are read
-        encoder.identity()
+    searched.check_encoders()
     for stage in STAGES[:STAGES.index("score")]:
         say(describe(run_stage(searched, stage)))
     cells = make_plan(searched).scored

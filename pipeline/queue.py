@@ -52,12 +52,6 @@ def last_submission(directory: Path) -> list[Submitted]:
     return list({job.stage: job for job in noted(directory)}.values())
 
 
-def active_jobs(directory: Path) -> list[str]:
-    """Ids of all jobs of this experiment that have not ended."""
-    elements = slurm.elements_of(job.job for job in noted(directory))
-    return sorted({element.job for element in elements if element.is_active}, key=int)
-
-
 def _state(job: Submitted, elements: list[Element]) -> State:
     counts = Counter(element.state for element in elements)
     reasons = sorted({each.reason for each in elements if each.state == "PENDING" and each.reason not in ("", "None")})

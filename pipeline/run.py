@@ -24,9 +24,7 @@ Say = Callable[..., Any]
 def run_experiment(experiment: Experiment, command: Sequence[str], say: Say) -> dict[str, Any]:
     """Make everything that is missing; returns what `run --json` prints."""
     experiment.write(experiment.directory / "config.yaml")
-    for encoder in experiment.encoders:  # weights that are missing are better known before millions of rows are read
-        encoder.identity()
-        encoder.check_interpreter()
+    experiment.check_encoders()
     outcomes: list[Outcome] = []
     with Tracker(experiment) as tracker:
         for stage in STAGES:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
 from pipeline import indexes, loading
+from pipeline.encoders.precision import PRECISIONS
 from pipeline.stages import collect, embed, index, retrieve
 from pipeline.support.errors import UserError, nearest
 from pipeline.training import settings as training
@@ -53,7 +54,7 @@ class EmbedSettings(embed.Runtime):
     decoding: str
 
     def __post_init__(self) -> None:
-        _one_of("embed.precision", self.precision, embed.PRECISIONS)
+        _one_of("embed.precision", self.precision, PRECISIONS)
         _one_of("embed.storage", self.storage, embed.STORAGES)
         _one_of("embed.instruction", self.instruction, embed.RULES)
         _one_of("embed.decoding", self.decoding, loading.DECODINGS)
@@ -109,7 +110,7 @@ class ExportSettings:
 @dataclass(frozen=True)
 class TrainingSettings(training.Params, training.Runtime):
     def __post_init__(self) -> None:
-        _one_of("training.precision", self.precision, embed.PRECISIONS)
+        _one_of("training.precision", self.precision, PRECISIONS)
         _one_of("training.repeats", self.repeats, training.REPEATS)
         _one_of("training.validation_pool", self.validation_pool, training.POOLS)
         _one_of("training.instruction", self.instruction, training.INSTRUCTIONS)

@@ -49,12 +49,8 @@ def max_array_size() -> int:
 def elements_of(jobs: Iterable[str]) -> list[Element]:
     """What Slurm knows of these jobs; those that it has forgotten are left out."""
     wanted = set(jobs)
-    if not wanted:
-        return []
-    found = _queue(wanted)
-    for element in _accounted(wanted - {each.job for each in found}):
-        found.append(element)
-    return found
+    found = _queue(wanted) if wanted else []
+    return [*found, *_accounted(wanted - {each.job for each in found})]
 
 
 def _queue(jobs: set[str]) -> list[Element]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import slurm
 from pipeline.artifacts import write_json
-from pipeline.cluster import Cluster, Resources, load_cluster
+from pipeline.cluster import Resources, load_cluster
 from pipeline.config import Experiment
 from pipeline.pieces import available
 from pipeline.plan import Plan, make_plan
@@ -51,32 +51,26 @@ class Submitted:
         return Path(self.logs.replace("%A", self.job).replace("%j", self.job).replace("%a", task or "0"))
 
 
-def cluster_of(experiment: Experiment) -> Cluster:
-    """The cluster that the option `cluster` names."""
+def cluster_of(experiment: Experiment) -> Mapping[str, Resources]:
+    """What each stage asks for on the cluster that the option `cluster` names."""
     if experiment.settings.cluster is None:
         known = ", ".join(available("clusters"))
         raise UserError("--on slurm needs a cluster", None, f"cluster=NAME of: {known} (or a path to a .yaml file)")
     return load_cluster(experiment.settings.cluster)
 
 
-def checked(experiment: Experiment) -> None:
-    """UserError for what would otherwise be told by a job that has waited for hours: weights that are missing."""
-    for encoder in experiment.encoders:
-        encoder.identity()
-        encoder.check_interpreter()
-
-
-def wanted(experiment: Experiment, cluster: Cluster, command: Sequence[str], limit: int) -> list[Wanted]:
+def wanted(experiment: Experiment, cluster: Mapping[str, Resources], command: Sequence[str],
+           limit: int) -> list[Wanted]:
     """One array per stage that misses something; the last job scores, and writes tables and exports as `run` does."""
     plan = make_plan(experiment)
     found = []
     for stage in STAGES[:-1]:
         if not plan.is_done(stage):
-            resources = cluster.resources[stage]
+            resources = cluster[stage]
             elements = min(resources.workers, limit, _most(plan, stage) or resources.workers)
             found.append(Wanted(stage, (stage, *command), elements, resources))
     if found or not plan.is_done(STAGES[-1]):
-        found.append(Wanted(STAGES[-1], ("run", *command), 0, cluster.resources[STAGES[-1]]))
+        found.append(Wanted(STAGES[-1], ("run", *command), 0, cluster[STAGES[-1]]))
     return found
 
 
@@ -122,9 +116,7 @@ def _logs(directory: Path, job: Wanted) -> str:
 
 def submit(experiment: Experiment, directory: Path, jobs: Sequence[Wanted]) -> list[Submitted]:
     """Submit and note them; UserError if jobs of an earlier submission are still in the queue."""
-    active = sorted({element.job for element in slurm.elements_of(job.job for job in noted(directory))
-                     if element.is_active}, key=int)
-    if active:
+    if active := active_jobs(directory):
         raise UserError(f"jobs {', '.join(active)} of {experiment.name} are still in the queue", None,
                         f"watch them: python -m pipeline status {experiment.name}\n"
                         f"or end them: python -m pipeline cancel {experiment.name}")
@@ -144,6 +136,12 @@ def dry_run(experiment: Experiment, directory: Path, jobs: Sequence[Wanted]) -> 
     for job in jobs:
         yield shlex.join(sbatch_line(experiment, directory, job, before))
         before = f"<{job.stage}>"
+
+
+def active_jobs(directory: Path) -> list[str]:
+    """Ids of all jobs of this experiment that have not ended."""
+    elements = slurm.elements_of(job.job for job in noted(directory))
+    return sorted({element.job for element in elements if element.is_active}, key=int)
 
 
 def noted(directory: Path) -> list[Submitted]:

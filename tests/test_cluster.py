@@ -31,14 +31,14 @@ def cluster_file(folder: Path, text: str) -> str:
 
 @pytest.mark.parametrize("name", available("clusters"))
 def test_the_clusters_that_come_with_us_are_sound(name: str) -> None:
-    assert set(load_cluster(name).resources) == {*STAGES, "train"}
+    assert set(load_cluster(name)) == {*STAGES, "train"}
 
 
 def test_a_stage_has_what_stands_at_the_top_unless_it_says_otherwise(tmp_path: Path) -> None:
     text = "cpus: 7\nflags: [--exclusive]\nstages:\n  embed: {gpus: 2, cpus: 9}\n"
     found = load_cluster(cluster_file(tmp_path, text))
-    assert (found.resources["index"].cpus, found.resources["index"].gpus) == (7, 0)
-    embed = found.resources["embed"]
+    assert (found["index"].cpus, found["index"].gpus) == (7, 0)
+    embed = found["embed"]
     assert (embed.cpus, embed.gpus, embed.flags, embed.workers) == (9, 2, ["--exclusive"], 1)
 
 
@@ -57,7 +57,7 @@ def test_mistakes_in_a_cluster_are_told_with_their_line(tmp_path: Path, text: st
 @pytest.mark.parametrize("time, seconds", [
     ("30", 1800), ("5:30", 330), ("04:00:00", 14400), ("1-00", 86400), ("2-01:30", 178200), ("1-00:00:01", 86401)])
 def test_times_are_read_as_sbatch_reads_them(tmp_path: Path, time: str, seconds: int) -> None:
-    assert load_cluster(cluster_file(tmp_path, f"time: '{time}'")).resources["embed"].seconds == seconds
+    assert load_cluster(cluster_file(tmp_path, f"time: '{time}'"))["embed"].seconds == seconds
 
 
 @pytest.fixture

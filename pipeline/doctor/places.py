@@ -119,9 +119,9 @@ def cluster(name: str) -> Iterator[Finding]:
     except UserError as error:
         yield failed("file", error)
         return
-    yield Finding(OK, "file", f"{found.name}: " + ", ".join(
+    yield Finding(OK, "file", ", ".join(
         f"{stage} {each.workers} x {each.gpus} GPUs" if each.gpus else f"{stage} {each.workers}"
-        for stage, each in found.resources.items()))
+        for stage, each in found.items()))
     if shutil.which("sbatch"):
         yield Finding(OK, "sbatch", str(shutil.which("sbatch")))
     else:

@@ -11,6 +11,7 @@ rounding alone between the two.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -37,7 +38,7 @@ class Prepared(NamedTuple):
 Run = tuple[Callable[[Prepared], bool], Callable[[Sequence[Prepared]], "Tensor"]]
 
 
-class BlipEncoder:
+class BlipEncoder(ABC):
     """What both fusions share: how items are prepared, and how the towers are run."""
 
     modalities = frozenset({"text", "image", "image,text"})
@@ -74,9 +75,9 @@ class BlipEncoder:
                     vectors_BD.index_add_(0, torch.tensor(rows, device=self.device), vectors)
         return vectors_BD.cpu().numpy()
 
+    @abstractmethod
     def _runs(self) -> Iterator[Run]:
         """What makes vectors of items, and of which items."""
-        raise NotImplementedError
 
     def _tokens(self, text: str) -> np.ndarray:
         import numpy as np

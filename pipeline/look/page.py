@@ -6,16 +6,15 @@ colour. What data hold is escaped, texts and references alike.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
 from pipeline.artifacts import atomic_path
-from pipeline.images import Flaw, ImageStore
+from pipeline.images import ImageStore
 from pipeline.look import Candidate, View
 from pipeline.look.text import picture_text
+from pipeline.report.thumbnails import Thumbnails
 
 THUMBNAIL = 224  # pixels of the longer side
 _STYLE = """
@@ -92,12 +91,8 @@ def _faint(text: str) -> str:
 
 
 def _image(reference: str, images: ImageStore) -> str:
-    try:
-        image = images.open(reference)
-    except Flaw as flaw:
-        return _faint(str(flaw))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    packed = io.BytesIO()
-    image.save(packed, "JPEG", quality=85)
-    return (f'<img alt="{escape(reference)}" width="{image.width}" height="{image.height}" '
-            f'src="data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}">\n')
+    picture = Thumbnails(images, THUMBNAIL).of(reference)
+    if picture.flaw:
+        return _faint(f"{reference}: {picture.flaw}")
+    return (f'<img alt="{escape(reference)}" width="{picture.width}" height="{picture.height}" '
+            f'src="{picture.address}">\n')

@@ -33,6 +33,7 @@ class Thumbnails:
     """Pictures of one benchmark, each made once."""
 
     images: ImageStore
+    side: int = SIDE
     _made: dict[str, Picture] = field(default_factory=dict)
 
     def of(self, reference: str) -> Picture:
@@ -44,12 +45,12 @@ class Thumbnails:
 
     def _make(self, reference: str) -> Picture:
         try:
-            image = decode(self.images.read(reference), reference, at_least=(SIDE, SIDE))
+            image = decode(self.images.read(reference), reference, at_least=(self.side, self.side))
         except Flaw as flaw:
             return Picture("", 0, 0, flaw.kind.replace("_", " "))
         except (UserError, OSError):  # it leaves the root, or the disk does not answer: no reason to lose the report
             return Picture("", 0, 0, "unreadable image")
-        image.thumbnail((SIDE, SIDE))
+        image.thumbnail((self.side, self.side))
         written = io.BytesIO()
         image.save(written, "WEBP", quality=QUALITY, method=4)
         address = "data:image/webp;base64," + base64.b64encode(written.getvalue()).decode()

@@ -36,7 +36,6 @@ log = logging.getLogger("pipeline")
 
 VERSION = 1
 RULES = ("none", "first", "hashed", "all")
-PRECISIONS = ("fp32", "bf16", "fp16")
 STORAGES = ("float16", "float32")
 
 
