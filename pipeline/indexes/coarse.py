@@ -28,7 +28,7 @@ from pipeline.support.errors import UserError, nearest
 if TYPE_CHECKING:
     import torch
 
-COARSE = ("auto", "float32", "bfloat16", "float16")
+COARSE = ("auto", "float32", "bfloat16", "float16", "int8")
 _ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 # centring: the float32 reciprocal, product and difference of a unit vector, of norm 2 at most: 4 x 2^-24;
 # rounding of the two scores that are compared: 2 x 2^-24; float64 arithmetic and flushed denormals: far less
@@ -49,6 +49,9 @@ def coarse_type(name: str, device: str) -> str:
     if name not in COARSE:
         raise UserError(f"coarse precision {name!r} is not known", "retrieve.coarse",
                         nearest(name, COARSE) or f"one of {', '.join(COARSE)}")
+    if name == "int8":
+        raise UserError("torch has no first pass in int8", "retrieve.coarse",
+                        "it needs the native kernel and a processor with AVX-512 VNNI; `auto` takes it where it can")
     if name != "auto":
         return name
     if torch.device(device).type == "cuda":
@@ -129,10 +132,11 @@ class CoarseQueries:
 
 def coarse_queries(stored_QD: torch.Tensor, norms_Q: torch.Tensor, mean_D: torch.Tensor,
                    dtype: str) -> CoarseQueries:
-    """Low-precision forms of unit queries; no query may be zero."""
+    """Low-precision forms of unit queries, but float32 for int8, of which a kernel makes bytes; none may be zero."""
     import torch
 
-    coarse_QD = torch.empty(stored_QD.shape, dtype=getattr(torch, dtype), device=stored_QD.device)
+    kept = getattr(torch, "float32" if dtype == "int8" else dtype)
+    coarse_QD = torch.empty(stored_QD.shape, dtype=kept, device=stored_QD.device)
     facts_XQ = torch.empty(3, len(stored_QD), dtype=torch.float64, device=stored_QD.device)
 
     def fill(piece: slice) -> None:
@@ -189,12 +193,18 @@ class Bounds:
     """From products to lower bounds of scores and back, for a block of queries against a set of rows.
 
     `beta` is the relative rounding with which products are written, beyond their accumulation in float32. `error_Q` is
-    float64 [B]: how far a product can be off before that.
+    float64 [B]: how far a product can be off before that. `lost_Q`: what a kernel's own rounding took from queries.
     """
 
-    def __init__(self, queries: CoarseQueries, part: slice, rows: RowBounds, beta: float):
+    def __init__(self, queries: CoarseQueries, part: slice, rows: RowBounds, beta: float = 0.0,
+                 lost_Q: torch.Tensor | float = 0.0):
         self._beta, self._offsets_Q = beta, queries.offsets_Q[part]
-        self.error_Q = _error(queries, part, rows)
+        self.error_Q = _error(queries, part, rows) + lost_Q * rows.largest_norm
+
+    @property
+    def highest_above_Q(self) -> torch.Tensor:
+        """float64 [B]: no score is above its product plus this, where beta is 0."""
+        return self._offsets_Q + self.error_Q
 
     def products_of(self, scores_QK: torch.Tensor) -> torch.Tensor:
         """The product of a row of which nothing is known but that its score is this one; float32 [Q, K]."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,10 +98,11 @@ def _is_sound(library: native.Native) -> bool:
     random = np.random.default_rng(0)
     vectors_ND, queries_QD = random.standard_normal((300, 70)), random.standard_normal((70, 70))
     statistics = Statistics.of([(0, range(300), vectors_ND.astype(np.float32))], 70)
-    for coarse in filter(partial(NativeKernel.can, native=library), ("float32", "bfloat16")):
+    for coarse in library.numbers:
         ours, expected = (
-            _search(queries_QD.astype(np.float32), [(0, vectors_ND.astype(np.float16))], np.arange(300), 10,
-                    statistics, "cpu", coarse, kernel, 1 << 24) for kernel in (NativeKernel(library), TorchKernel()))
+            _search(queries_QD.astype(np.float32), [(0, vectors_ND.astype(np.float16))], np.arange(300), 10, statistics,
+                    "cpu", number, kernel, 1 << 24)
+            for number, kernel in ((coarse, NativeKernel(library)), ("float32", TorchKernel())))
         if not (np.array_equal(ours.rows_QK, expected.rows_QK) and np.array_equal(ours.scores_QK, expected.scores_QK)):
             log.warning("exact search: torch; the native kernel (%s, %s) gives wrong hits here", library.unit, coarse)
             return False

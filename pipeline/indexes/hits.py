@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Hits:
     """The best rows of every query, best first; row -1 and score -inf where the pool has fewer than K rows.
 
-    `examined` counts the pairs whose score was computed in float64 (0 for a FAISS index).
+    `examined` counts the pairs that were scored one by one (0 for a FAISS index).
     """
 
     rows_QK: np.ndarray

@@ -18,8 +18,8 @@ SOURCE = Source(Path(__file__).with_name("native.cpp"), "exact search", "torch")
 OVERFLOW = -1
 
 _SIGNATURES = {
-    "start": "", "packed_bytes": "ni", "norms": "pinnip", "sum_of_units": "pinnpdip", "pack_rows": "pinnppiipp",
-    "pack_panels": "pnniip", "search": "ppipppippnpipnnnnip", "search_few": "pippnpipnnnip"}
+    "start": "", "packed_bytes": "ni", "norms": "pinnip", "sum_of_units": "pinnpdip", "pack_rows": "pinnpppiippp",
+    "pack_panels": "pnnpiipp", "search": "ppppippppippnpipnnnnip", "search_few": "pippnpipnnnip"}
 
 
 class Native(Library):
@@ -30,8 +30,14 @@ class Native(Library):
         self.unit = unit
 
     @property
-    def has_bfloat16(self) -> bool:
-        return "avx512bf16" in UNITS[self.unit]
+    def numbers(self) -> tuple[str, ...]:
+        """What products can be formed of, the quickest first.
+
+        AMX multiplies bfloat16 so quickly that scoring what int8 keeps would cost more than it saves.
+        """
+        has = {"int8": "avx512vnni" in UNITS[self.unit] and self.unit != "amx",
+               "bfloat16": "avx512bf16" in UNITS[self.unit], "float32": True}
+        return tuple(number for number, is_here in has.items() if is_here)
 
 
 @lru_cache(maxsize=1)

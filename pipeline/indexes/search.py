@@ -23,6 +23,9 @@ class Kernel(Protocol):
     def dtype(self, coarse: str, device: str) -> str:
         """The type of the coarse product that `coarse` ("auto" or a type) stands for."""
 
+    def finer(self, dtype: str) -> str | None:
+        """The next finer type of product; None if there is none."""
+
     def query_rows(self, sizes: Sizes, k: int, dimension: int) -> int:
         """How many queries to search at once."""
 
@@ -74,8 +77,9 @@ class Search:
             self._packed[part.start] = pack(part)
         return cast(Packed, self._packed[part.start])
 
-    def bounds(self, part: slice, rows: coarse_pass.RowBounds, beta: float = 0.0) -> coarse_pass.Bounds:
-        return coarse_pass.Bounds(self.queries, part, rows, beta)
+    def bounds(self, part: slice, rows: coarse_pass.RowBounds, beta: float = 0.0,
+               lost_Q: torch.Tensor | float = 0.0) -> coarse_pass.Bounds:
+        return coarse_pass.Bounds(self.queries, part, rows, beta, lost_Q)
 
     def scores_so_far(self, part: slice) -> torch.Tensor:
         """float32 [B, K], -inf where there is no hit yet."""
@@ -83,9 +87,11 @@ class Search:
 
     def refine(self, window: Window) -> bool:
         """Make the window or the product finer; False if that has been done."""
-        if not window.is_distinct and window.drop_surplus_copies(self.k):
-            return True
-        if self.coarse != "auto" or self.dtype == "float32":
-            return False
-        self._choose("float32")
-        return True
+        return (not window.is_distinct and window.drop_surplus_copies(self.k)) or self.refine_product()
+
+    def refine_product(self) -> bool:
+        """Make the product finer from here on; False if it is the finest, or the one that was asked for."""
+        finer = self.kernel.finer(self.dtype) if self.coarse == "auto" else None
+        if finer is not None:
+            self._choose(finer)
+        return finer is not None

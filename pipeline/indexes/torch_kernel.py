@@ -28,6 +28,9 @@ class TorchKernel:
     def dtype(self, coarse: str, device: str) -> str:
         return coarse_pass.coarse_type(coarse, device)
 
+    def finer(self, dtype: str) -> str | None:
+        return None if dtype == "float32" else "float32"
+
     def query_rows(self, sizes: Sizes, k: int, dimension: int) -> int:
         return sizes.query_rows
 

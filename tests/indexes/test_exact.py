@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 from pipeline.indexes import Hits, Statistics, exact, exact_search, id_order, merge_hits, torch_kernel, window
 from pipeline.indexes.native_kernel import NativeKernel
+from pipeline.indexes.search import Search
 from pipeline.support.errors import UserError
 from tests.indexes import kernels
 from tests.indexes.oracle import blocks_of, statistics_of, true_hits
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
+HAVE_BYTES = [name for name in kernels.NAMES if name in ("avx512_bf16", "avx512_vnni")]
 
 
 def make(shape: str, rows: int, dimension: int, random: np.random.Generator) -> np.ndarray:
@@ -44,6 +46,7 @@ SHAPES: dict[str, Maker] = {
     "signs": lambda noise, point, signs, random: np.sign(noise),
     "zeros": lambda noise, point, signs, random: noise * (signs > 0),
     "axis": lambda noise, point, signs, random: np.eye(len(point))[np.abs(noise).argmax(axis=1)],
+    "outliers": lambda noise, point, signs, random: noise + 300 * point * (np.arange(len(point)) % 17 == 3),
     "opposite": lambda noise, point, signs, random: point * signs * 2.0 ** random.integers(-3, 4, signs.shape)
 }
 
@@ -61,7 +64,8 @@ def search(queries_QD: np.ndarray, vectors_ND: np.ndarray, ids: list[str], k: in
            kernel: str = kernels.NAMES[-1], coarse: str = "auto", memory_bytes: int = 2 << 30) -> Hits:
     """By a kernel that the machine has; the type of the coarse product is `auto` where the kernel lacks it."""
     chosen = kernels.kernel(kernel)
-    if coarse in PRECISIONS and isinstance(chosen, NativeKernel) and not NativeKernel.can(coarse, chosen.native):
+    can = NativeKernel.can(coarse, chosen.native) if isinstance(chosen, NativeKernel) else coarse != "int8"
+    if coarse in PRECISIONS and not can:
         coarse = "auto"
     with mock.patch.object(exact, "choose_kernel", return_value=chosen):
         return exact_search(queries_QD, blocks_of(vectors_ND, ids, rows), id_order(pa.array(ids)), k,
@@ -89,7 +93,7 @@ def test_gives_what_brute_force_gives(of_pool: str, of_queries: str, rows: int, 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("coarse", ("float32", "bfloat16", "float16"))
+@pytest.mark.parametrize("coarse", PRECISIONS[1:])
 def test_is_exact_where_queries_resemble_candidates(shape: str, coarse: str) -> None:
     random = np.random.default_rng(3)
     vectors_ND = stored(make(shape, 3000, 32, random), "float32")
@@ -153,7 +157,7 @@ def test_union_is_the_concatenation() -> None:
     assert_true(merge_hits(apart, order_N, 40), queries_QD, joined_ND, ids, 40)
 
 
-@pytest.mark.parametrize("kernel", [name for name in kernels.NAMES if name not in ("avx512", "avx2")])
+@pytest.mark.parametrize("kernel", [name for name in kernels.NAMES if name not in ("avx512_vnni", "avx512", "avx2")])
 def test_a_bound_that_is_too_tight_would_be_noticed(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(9)
     vectors_ND, queries_QD = (stored(make("gaussian", rows, 64, random), "float32") for rows in (5000, 1000))
@@ -185,6 +189,63 @@ def test_the_true_score_lies_within_the_bound() -> None:
         apart_QN = np.abs(product_QN - exact_QN)
         assert (apart_QN <= error_Q1 + beta * np.abs(product_QN)).all()
         assert apart_QN.max() > 1e-3 * error_Q1.max(), "the bound is so loose that this test says nothing"
+
+
+@pytest.mark.parametrize("kernel", HAVE_BYTES)
+def test_a_bound_of_bytes_that_is_too_tight_would_be_noticed(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(9)
+    vectors_ND, queries_QD = (stored(make("gaussian", rows, 64, random), "float32") for rows in (5000, 1000))
+    ids, pack = shuffled_ids(5000, random), NativeKernel._pack
+    expected = search(queries_QD, vectors_ND, ids, 100, coarse="int8", kernel=kernel)
+    monkeypatch.setattr(exact.coarse_pass, "_error", lambda queries, part, rows: 0 * queries.norms_Q[part])
+    monkeypatch.setattr(NativeKernel, "_pack", lambda *given: (
+        rows := pack(*given))._replace(facts_W3=rows.facts_W3 * np.array([1, 0, 1], np.float32), largest_norm=0.0))
+    hits = search(queries_QD, vectors_ND, ids, 100, coarse="int8", kernel=kernel)
+    assert (hits.rows_QK != expected.rows_QK).any()
+
+
+@pytest.mark.parametrize("kernel", HAVE_BYTES)
+@pytest.mark.parametrize("shape", ("gaussian", "cone", "outliers", "norms", "zeros", "one point"))
+def test_the_true_score_lies_within_the_bound_of_bytes(shape: str, kernel: str) -> None:
+    import torch
+
+    random = np.random.default_rng(10)
+    vectors_ND, queries_QD = (stored(make(shape, rows, 200, random), "float32") for rows in (512, 64))
+    queries_QD[0] = vectors_ND[0] = random.standard_normal(200)
+    stored_QD = torch.from_numpy(queries_QD[np.abs(queries_QD).sum(axis=1) > 0])
+    norms_Q, mean_D = exact.score.norms(stored_QD), torch.from_numpy(statistics_of(vectors_ND).mean_D)
+    native = kernels.kernel(kernel)
+    assert isinstance(native, NativeKernel)
+    looked_for = Search(stored_QD, norms_Q, 5, mean_D, "int8", native, window.Sizes.within(1 << 30, 200, 5))
+    rows = native._pack(looked_for, window.Window(vectors_ND, torch.from_numpy(vectors_ND), torch.arange(512)))
+    panels = native._panels(looked_for, slice(None))
+    row_bytes_NX = rows.packed.reshape(32, 4, 16, 64).transpose(0, 2, 1, 3).reshape(512, 256).astype(np.int64) - 128
+    query_bytes_QX = panels.packed.view(np.int8).reshape(4, 4, 16, 16, 4).transpose(1, 3, 0, 2, 4).reshape(64, 256)
+    sum_QN = (query_bytes_QX.astype(np.int64) @ row_bytes_NX.T)[:len(stored_QD)]
+    step_N, lost_N, along_N = rows.facts_W3.astype(np.float64).T
+    step_Q, _, along_Q, norm_Q = panels.facts_5B[:4, :len(stored_QD), None].astype(np.float64)
+    product_QN = sum_QN * step_Q * step_N + along_Q * along_N
+    exact_QN = _units(stored_QD.numpy()) @ (_units(vectors_ND) - mean_D.numpy().astype(np.float64)).T
+    error_Q = looked_for.bounds(slice(None), rows, lost_Q=panels.lost_B).error_Q.numpy()
+    apart_QN, bound_QN = np.abs(product_QN - exact_QN), error_Q[:, None] + norm_Q * lost_N
+    assert (apart_QN <= bound_QN).all()
+    assert apart_QN.max() > 0.02 * bound_QN.max(), "the bound is so loose that this test says nothing"
+    assert bound_QN.max() < 0.05, "bytes would be of no use"
+
+
+def _units(values_ND: np.ndarray) -> np.ndarray:
+    wide_ND = values_ND.astype(np.float64)
+    return wide_ND / np.maximum(np.linalg.norm(wide_ND, axis=1, keepdims=True), 1e-300)
+
+
+@pytest.mark.parametrize("kernel", HAVE_BYTES)
+def test_bytes_give_way_where_they_tell_too_little(kernel: str) -> None:
+    random = np.random.default_rng(15)
+    vectors_ND, queries_QD = (stored(make("two cones", rows, 64, random), "float32") for rows in (20_000, 20))
+    ids = shuffled_ids(20_000, random)
+    auto, forced = (search(queries_QD, vectors_ND, ids, 10, coarse=name, kernel=kernel) for name in ("auto", "int8"))
+    np.testing.assert_array_equal(auto.rows_QK, forced.rows_QK)
+    assert auto.examined < forced.examined / 4
 
 
 def test_few_float64_scores_are_needed() -> None:
