@@ -16,6 +16,8 @@ EMULATED = Path(__file__).with_name("emulated_tiles.h")
 EXTRA_FLAGS = "PLUMBLINE_TEST_FLAGS"  # an environment variable: sanitizers, say
 _COMPILER = next((path for name in ("g++", "clang++") if (path := shutil.which(name))), None)
 NAMES = ["torch", *(["emulated amx", *native.available_units()] if _COMPILER and native.available_units() else [])]
+if EXTRA_FLAGS in os.environ:  # which take long: the builds that hold all the code between them
+    NAMES = [name for number, name in enumerate(NAMES) if number < 3 or name == "avx2"]
 
 
 @lru_cache(maxsize=None)
