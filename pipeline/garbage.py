@@ -1,9 +1,9 @@
 """Artifacts that no experiment you name refers to: listed, and removed only when asked.
 
-What is kept is what the plans of the experiments name now. So the plans must be whole: while a job waits for
-a table to be collected, its artifacts cannot be told from garbage, and nothing is removed. A directory goes
-only if its name and everything in it look like an artifact; symbolic links are never followed. There are no
-locks: do not run this beside a stage of an experiment that is not named.
+What is kept is what the plans of the experiments name now, and what their complements need. So the plans must be
+whole: while a job waits for a table to be collected, its artifacts cannot be told from garbage, and nothing is
+removed. A directory goes only if its name and everything in it look like an artifact; symbolic links are never
+followed. There are no locks: do not run this beside a stage of an experiment that is not named.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.artifacts import MANIFEST, Artifact
+from pipeline.artifacts import MANIFEST
 from pipeline.config import Experiment
 from pipeline.plan import make_plan
+from pipeline.report.results import artifacts_of_complements
 from pipeline.report.text import size_text
 from pipeline.stages import STAGES
 from pipeline.support.errors import UserError
@@ -25,12 +26,12 @@ _FILE = re.compile(r"[a-z_]+(-[0-9]{5,})?\.(parquet|json|npz|faiss)|\..+\.tmp-.+
 
 
 def collect_garbage(experiments: Sequence[Experiment], delete: bool) -> list[str]:
-    """One line per artifact that is in none of the plans, with its size; the last line is the total.
+    """One line per artifact that none of the experiments uses, with its size; the last line is the total.
 
     UserError: no experiments, experiments of several work_dirs, or a plan with waiting jobs.
     """
     root = _root(experiments)
-    kept = {artifact.label for experiment in experiments for artifact in _artifacts(experiment)}
+    kept = {label for experiment in experiments for label in _labels(experiment)}
     lines, total = [], 0
     for directory in sorted(_unused(root, kept)):
         foreign = _foreign(directory)
@@ -54,14 +55,14 @@ def _root(experiments: Sequence[Experiment]) -> Path:
     return roots.pop() / "artifacts"
 
 
-def _artifacts(experiment: Experiment) -> Iterator[Artifact]:
+def _labels(experiment: Experiment) -> set[str]:
     plan = make_plan(experiment)
     waiting = [f"{stage} {name}" for stage in STAGES for name in plan.waiting[stage]]
     if waiting:
         listed = ", ".join(waiting[:3]) + (f" and {len(waiting) - 3} more" if len(waiting) > 3 else "")
         raise UserError(f"artifacts of experiment {experiment.name} are not known yet: {listed}",
                         do=f"collect first: python -m pipeline collect {experiment.name}")
-    yield from plan.artifacts()
+    return artifacts_of_complements(experiment) | {artifact.label for artifact in plan.artifacts()}
 
 
 def _unused(root: Path, kept: set[str]) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from pipeline.complements.writing import write_complements
 from pipeline.config import Experiment
 from pipeline.plan import MODULES, Plan, Scored, make_plan, manifest_of
 from pipeline.report.candidate_pools import CandidatePools
-from pipeline.report.results import Cells, Written, checked_depth, complements_path, write_config
+from pipeline.report.results import Cells, Written, checked_depth, complements_path, record_artifacts, write_config
 from pipeline.run import describe
 from pipeline.stages import embed, retrieve
 from pipeline.support.errors import UserError
@@ -66,14 +66,18 @@ def make_complements(experiment: Experiment, wanted: Wanted, say: Say, share: Sh
     _check_partners(experiment, wanted.partners)
     depth = checked_depth(experiment, wanted.depth)
     prompts = prompts_for(experiment, wanted.prompts, wanted.rule == UNIRAG)
-    cells = wanted.cells.of(make_plan(experiment))
-    plan = _with_partners(experiment, wanted, say)
+    own = make_plan(experiment)
+    cells, plan = wanted.cells.of(own), _with_partners(experiment, wanted, say)
     write_config(experiment)
-    asked = [each for cell in cells for each in _directions(plan, cell, wanted, prompts, depth)]
-    asked = [each for each in asked if each.derived.collect() and each.members]
-    jobs = _embedded(experiment, asked, wanted.reuse, say, share)
+    directions = [each for cell in cells for each in _directions(plan, cell, wanted, prompts, depth)]
+    asked = [each for each in directions if each.derived.collect() and each.members]
+    jobs, samples = _embedded(experiment, asked, wanted.reuse, say, share)
     runs = {each.derived.table.label: _search(each, jobs[each.derived.table.label]) for each in asked}
     say(describe(_run(experiment, "retrieve", list(runs.values()), share)))
+    pools = {artifact.label for artifact in plan.artifacts()} - {artifact.label for artifact in own.artifacts()}
+    for cell in cells:
+        derived = {label for each in directions if each.derived.cell is cell for label in _used(each, samples, runs)}
+        record_artifacts(experiment, complements_path(experiment, cell, depth, wanted.rule), pools | derived)
     return [_write(experiment, cell, asked, runs, depth, wanted.rule, say) for cell in cells]
 
 
@@ -127,8 +131,8 @@ def _as_query(job: embed.Job, name: str, rule: str) -> embed.Job:
 
 
 def _embedded(experiment: Experiment, asked: Sequence[_Asked], reuse: str, say: Say,
-              share: Share) -> dict[str, embed.Job]:
-    """The finished embed job of each derived table, by the table's label."""
+              share: Share) -> tuple[dict[str, embed.Job], dict[str, embed.Job]]:
+    """The finished embed job of each derived table and, where one was needed, of its sample, by the table's label."""
     hopeful = [each.derived for each in asked if reuse != "never" and each.derived.may_reuse]
     needed = [derived for derived in hopeful if reuse == "measured" or derived.prompts]
     samples = {derived.table.label: derived.sample() for derived in needed}
@@ -144,7 +148,7 @@ def _embedded(experiment: Experiment, asked: Sequence[_Asked], reuse: str, say: 
     say(f"{'reuse':<9}  {rows:>9,} vectors were there, in {len(jobs)} of {len(asked)} derived tasks")
     jobs.update(anew)
     say(describe(_run(experiment, "embed", list(jobs.values()), share)))
-    return jobs
+    return jobs, samples
 
 
 def _search(each: _Asked, queries: embed.Job) -> retrieve.Job:
@@ -171,6 +175,16 @@ def _run(experiment: Experiment, stage: str, jobs: Sequence[Any], share: Share) 
     outcome.found = sum(len(module.units(job)) for job in jobs) - outcome.made
     outcome.seconds = time.monotonic() - started
     return outcome
+
+
+def _used(each: _Asked, samples: Mapping[str, embed.Job], runs: Mapping[str, retrieve.Job]) -> Iterator[str]:
+    """The labels of the derived artifacts of a direction."""
+    label = each.derived.table.label
+    yield label
+    if label in samples:
+        yield from (samples[label].table.label, samples[label].artifact.label)
+    if label in runs:
+        yield from (runs[label].queries.label, runs[label].artifact.label)
 
 
 def _write(experiment: Experiment, cell: Scored, asked: Sequence[_Asked], runs: Mapping[str, retrieve.Job], depth: int,

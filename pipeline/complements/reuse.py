@@ -57,14 +57,11 @@ class Stored:
         """float32 [R, D] and the flaws of ascending rows."""
         parts: list[np.ndarray] = []
         flaws: list[str | None] = []
-        first_rows = self.pools.first_rows
-        for (artifact, file), first, last in zip(self.shards, first_rows, first_rows[1:]):
-            start, end = np.searchsorted(row_R, [first, last])
-            if start < end:
-                table = read_table(artifact.path(file), artifact.fingerprint)
-                places = row_R[start:end] - first
-                parts.append(vectors_of(table)[places].astype(np.float32))
-                flaws.extend(table["flaw"].take(places).to_pylist())
+        for shard, places in self.pools.places(row_R):
+            artifact, file = self.shards[shard]
+            table = read_table(artifact.path(file), artifact.fingerprint)
+            parts.append(vectors_of(table)[places].astype(np.float32))
+            flaws.extend(table["flaw"].take(places).to_pylist())
         return np.concatenate(parts), flaws
 
 

@@ -6,12 +6,13 @@ again, so writing once more is the way to another depth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.artifacts import atomic_path
+from pipeline.artifacts import atomic_path, write_json
 from pipeline.config import Experiment
 from pipeline.plan import Plan, Scored, make_plan
 from pipeline.report.retrieved import write_retrieved
@@ -105,6 +106,21 @@ def result_path(experiment: Experiment, cell: Scored, layout: str, compression: 
 
 def complements_path(experiment: Experiment, cell: Scored, depth: int, rule: str = "plumbline") -> Path:
     return experiment.directory / "retrieval_results" / COMPLEMENTS[rule] / f"{_name(experiment, cell, depth)}.jsonl"
+
+
+def record_artifacts(experiment: Experiment, complements: Path, labels: Iterable[str]) -> None:
+    """Write down what a file of complements needs beside the experiment's plan: `gc` keeps it while the file is there.
+    """
+    name = f"{complements.parent.name}.{complements.stem}.json"
+    record = {"file": str(complements.relative_to(experiment.directory)), "artifacts": sorted(labels)}
+    write_json(experiment.directory / "complements" / name, record)
+
+
+def artifacts_of_complements(experiment: Experiment) -> set[str]:
+    """The labels of what the complements that are there need beside the experiment's plan."""
+    records = (json.loads(path.read_text()) for path in (experiment.directory / "complements").glob("*.json"))
+    return {label for record in records if (experiment.directory / record["file"]).exists()
+            for label in record["artifacts"]}
 
 
 def _name(experiment: Experiment, cell: Scored, depth: int) -> str:

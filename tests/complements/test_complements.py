@@ -18,6 +18,7 @@ from pipeline.cli import main
 from pipeline.complements.making import Wanted, make_complements
 from pipeline.config import Experiment, load
 from pipeline.embeddings import EmbeddingStore
+from pipeline.garbage import collect_garbage
 from pipeline.plan import Plan, Scored, make_plan
 from pipeline.rag import load_results
 from pipeline.report.results import Cells, complements_path, write_results
@@ -298,12 +299,32 @@ def test_names_and_pools_are_checked(experiment: Experiment) -> None:
             make_complements(experiment, wanted, say=silent)
 
 
-def test_local_searches_find_partners_in_the_union(small_arguments: list[str], tmp_path: Path) -> None:
+@pytest.fixture
+def searched_locally(small_arguments: list[str], tmp_path: Path) -> list[str]:
     """The union was not searched; its pools are embedded when partners are sought there."""
     arguments = [f"work_dir={tmp_path}", *small_arguments, "encoders=[tests.toy_encoder]", "tasks=[scenes_task0]",
                  "pools=[local]"]
     assert main(["run", "quickstart", *arguments]) == 0
     assert main(["complements", "quickstart", *arguments, "--depth", "3"]) == 0
+    return arguments
+
+
+def test_gc_keeps_what_complements_are_made_with(searched_locally: list[str], tmp_path: Path) -> None:
+    experiment, said = load("quickstart", searched_locally), list[str]()
+    assert collect_garbage([experiment], delete=True) == ["0 B freed"]
+    make_complements(experiment, Wanted(Cells(), depth=3), say=said.append)
+    assert len(said) > 5 and [line for line in said if " made" in line] == []
+    path, = (tmp_path / "experiments/quickstart/retrieval_results/complements").iterdir()
+    path.unlink()
+    unused = "\n".join(collect_garbage([experiment], delete=True))
+    for stage in ("collect", "embed", "retrieve"):
+        assert f"/{stage}/tests_toy_encoder.scenes_task0.local.flat.image_to_text-" in unused
+    assert "/embed/tests_toy_encoder.pool." in unused and "/index/tests_toy_encoder.pool." in unused
+    assert collect_garbage([experiment], delete=True) == ["0 B freed"]
+
+
+def test_local_searches_find_partners_in_the_union(searched_locally: list[str], tmp_path: Path) -> None:
+    arguments = searched_locally
     path, = (tmp_path / "experiments/quickstart/retrieval_results/complements").iterdir()
     assert path.name == "tests_toy_encoder.scenes_task0.local.k3.jsonl"
     assert all(partner["modality"] == "text" for row in lines(path) for partner in row["complements"])
