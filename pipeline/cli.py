@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parse(arguments)
     configure(None)
+    options.out = sys.stdout
     try:
-        return int(options.run(options))
+        # Libraries print when they are imported or load a model; where JSON is asked for it stands alone.
+        with redirect_stdout(sys.stderr if options.json else sys.stdout):
+            return int(options.run(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = MISTAKE
@@ -71,6 +75,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(json=False)
     parser.add_argument("--version", action="version", version=f"plumbline {__version__}")
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
     _evaluation_commands(subcommands)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from typing import Any
 
 from pipeline import cluster_commands
@@ -21,8 +20,9 @@ def _experiment(options: Any) -> Any:
     return load(options.experiment, options.overrides)
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+def print_json(options: Any, value: Any, indent: int | None = 1) -> None:
+    """One document on the command's own stdout; with --json whatever else is printed goes to stderr."""
+    print(json.dumps(value, indent=indent), file=options.out, flush=True)
 
 
 def run(options: Any) -> int:
@@ -34,12 +34,12 @@ def run(options: Any) -> int:
     command = [options.experiment, *options.overrides]
     report = run_experiment(experiment, command, say=_silent if options.json else print)
     if options.json:
-        _print_json(report)
+        print_json(options, report)
     return DONE
 
 
 def _silent(*_: Any) -> None:
-    """Nothing but JSON may stand on stdout."""
+    """With --json nobody reads along."""
 
 
 def stage(options: Any) -> int:
@@ -47,13 +47,12 @@ def stage(options: Any) -> int:
     from pipeline.run import describe, scores
     from pipeline.workers import Share, make_plan, run_stage
     experiment, share = _experiment(options), Share.parse(options.worker) if options.worker else Share()
-    as_json = getattr(options, "json", False)
-    configure(experiment.directory / "logs" / f"{options.stage}.{share.number:03d}.log", quiet=as_json)
+    configure(experiment.directory / "logs" / f"{options.stage}.{share.number:03d}.log", quiet=options.json)
     outcome = run_stage(experiment, options.stage, share)
     plan = make_plan(experiment)
     record(plan)
-    if as_json:
-        _print_json(scores(plan))
+    if options.json:
+        print_json(options, scores(plan))
     elif not options.worker:
         print(describe(outcome))
     return DONE
@@ -63,7 +62,7 @@ def plan(options: Any) -> int:
     from pipeline.plan import make_plan
     from pipeline.report.text import plan_json, plan_text
     plan = make_plan(_experiment(options))
-    _print_json(plan_json(plan)) if options.json else print(plan_text(plan))
+    print_json(options, plan_json(plan)) if options.json else print(plan_text(plan))
     return DONE
 
 
@@ -78,7 +77,8 @@ def status(options: Any) -> int:
     damaged = all_damages(the_plan) if options.deep else []
     jobs = states(the_plan.experiment.directory)
     if options.json:
-        _print_json({"stages": as_json(found), "warnings": warnings, "damaged": damaged, "jobs": jobs_json(jobs)})
+        print_json(options, {"stages": as_json(found), "warnings": warnings, "damaged": damaged,
+                             "jobs": jobs_json(jobs)})
     else:
         print("\n".join(filter(None, [status_text(found, warnings, damaged), jobs_text(jobs)])))
     if damaged:
@@ -185,7 +185,7 @@ def bench(options: Any) -> int:
         print(bench.listing())
         return DONE
     rows = bench.rows(options.name, options.overrides)
-    print(bench.heading(), file=sys.stderr if options.json else sys.stdout, flush=True)
+    print(bench.heading(), flush=True)
     for row in rows:
-        print(json.dumps(row.as_json()) if options.json else bench.row_text(row), flush=True)
+        print_json(options, row.as_json(), None) if options.json else print(bench.row_text(row), flush=True)
     return DONE

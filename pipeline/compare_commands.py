@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
+
+from pipeline.commands import DONE, print_json
 
 if TYPE_CHECKING:
     from pipeline.report.comparison import Comparison
 
-DONE = 0
 _TEXT = "which encoder is better, task by task, and whether the difference could be chance"
 
 
@@ -35,7 +35,7 @@ def compare(options: Any) -> int:
     from pipeline.report.latex import latex_comparison
     found = _comparison(options)
     if options.json:
-        print(json.dumps(comparison_text.as_json(found), indent=1))
+        print_json(options, comparison_text.as_json(found))
     elif options.format == "latex":
         print(latex_comparison(found), end="")
     elif options.format == "markdown":

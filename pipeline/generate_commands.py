@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pipeline.commands import DONE, print_json
 
 if TYPE_CHECKING:
     from pipeline.generation.answers import Job
     from pipeline.generation.chat import ChatService
     from pipeline.generation.model import Model
 
-DONE = 0
 _STYLES = ("captioning", "image-prompt", "question")
 _SCORES = {"captioning": ("bleu", "rouge_l", "cider"), "question": ("exact_match", "token_f1", "rouge_l"),
            "image-prompt": ()}
@@ -100,7 +100,7 @@ def _generate(options: Any) -> int:
         chosen = experiment.settings.score
         interval = scoring.Interval(chosen.confidence, chosen.resamples, chosen.seed)
         found["scores"] = scoring.score(job.artifact, references, metrics, interval)
-    print(json.dumps(found, indent=1) if options.json else _text(found))
+    print_json(options, found) if options.json else print(_text(found))
     return DONE
 
 
@@ -117,7 +117,7 @@ def _caption(options: Any) -> int:
     found = _answered(options, [each.job for each in done if each.job is not None], service)
     path = captioning.write_benchmark(experiment, done)
     if options.json:
-        print(json.dumps({"captions": found, "benchmark": str(path)}, indent=1))
+        print_json(options, {"captions": found, "benchmark": str(path)})
     else:
         print("\n".join([*map(_text, found), f"benchmark  {path}"]))
     return DONE

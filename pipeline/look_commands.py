@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.commands import print_json
 from pipeline.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _converse(searcher: Searcher, standing: Any, options: Any) -> None:
 
 def _present(view: View, options: Any, images: ImageStore, query_images: ImageStore | None = None) -> None:
     if options.json:
-        print(json.dumps(view.as_json()))
+        print_json(options, view.as_json(), None)
     else:
         from pipeline.look.text import TextView
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -185,5 +185,5 @@ def doctor(options: Any) -> int:
         if not options.json:
             print(line_of(finding), flush=True)
     if options.json:
-        print(json.dumps(found, indent=1))
+        print_json(options, found)
     return int(any(finding["state"] == "FAIL" for each in found.values() for finding in each))

@@ -20,7 +20,7 @@ from pipeline.benchmarks import load_adapter
 from pipeline.config import Experiment, part
 from pipeline.plan import MODULES, Plan, make_plan
 from pipeline.stages import STAGES
-from pipeline.support.children import ends_with_parent
+from pipeline.support.children import start
 from pipeline.support.errors import NotReady, UserError
 from pipeline.support.progress import follow
 
@@ -132,8 +132,7 @@ def run_embed_processes(experiment: Experiment, command: Sequence[str], count: i
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
         share = ["--worker", f"{number}/{count}"]
-        workers.append(subprocess.Popen([sys.executable, "-m", "pipeline", *command, *share], env=environment,
-                                        preexec_fn=ends_with_parent))
+        workers.append(start([sys.executable, "-m", "pipeline", *command, *share], env=environment))
     try:
         codes = [worker.wait() for worker in workers]
     finally:  # interrupted: they must not go on without us

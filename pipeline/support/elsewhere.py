@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.support.children import ends_with_parent
+from pipeline.support.children import start
 from pipeline.support.errors import UserError
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -26,9 +26,8 @@ def yielded_elsewhere(python: str, function: str, *arguments: Any) -> Iterator[A
     reading, writing = os.pipe()
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     try:
-        process = subprocess.Popen([python, "-m", "pipeline.support.elsewhere", function, str(writing)],
-                                   stdin=subprocess.PIPE, pass_fds=[writing], preexec_fn=ends_with_parent,
-                                   env={**os.environ, "PYTHONPATH": path})
+        process = start([python, "-m", "pipeline.support.elsewhere", function, str(writing)], stdin=subprocess.PIPE,
+                        pass_fds=[writing], env={**os.environ, "PYTHONPATH": path})
     except OSError as error:
         os.close(reading)
         raise UserError(f"cannot start this interpreter: {error}", python) from None
