@@ -33,25 +33,34 @@ class Picture:
 
     def open(self) -> Image:
         """The pixels, RGB."""
-        try:
-            return decode(self.read(), self.reference)
-        except Flaw as flaw:
-            raise _unreadable(flaw) from None
+        return self._decoded(self.read())
 
     def data_uri(self, longest_side: int | None = None) -> str:
-        """The image inside a URI: as it is stored, or made smaller; as PNG where services may not know its format."""
+        """The image inside a URI: as it is stored, if services know its format and no side is longer than that; else
+        made smaller, photographs as JPEG and all others as PNG."""
         data = self.read()
         kind = next((name for start, name in _KINDS if data.startswith(start)), "")
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             kind = "webp"
         if longest_side is not None or not kind:
-            image, kind = self.open(), "png" if kind in ("png", "gif", "") else "jpeg"
-            if longest_side is not None:
-                image.thumbnail((longest_side, longest_side))
-            buffer = io.BytesIO()
-            image.save(buffer, kind.upper(), **({"quality": 90} if kind == "jpeg" else {}))
-            data = buffer.getvalue()
+            image = self._decoded(data)
+            side = max(image.size) if longest_side is None else longest_side
+            if not kind or max(image.size) > side:
+                image.thumbnail((side, side))
+                data, kind = _encoded(image, "jpeg" if kind in ("jpeg", "webp") else "png")
         return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+    def _decoded(self, data: bytes) -> Image:
+        try:
+            return decode(data, self.reference)
+        except Flaw as flaw:
+            raise _unreadable(flaw) from None
+
+
+def _encoded(image: Image, kind: str) -> tuple[bytes, str]:
+    buffer = io.BytesIO()
+    image.save(buffer, kind.upper(), **({"quality": 90} if kind == "jpeg" else {}))
+    return buffer.getvalue(), kind
 
 
 def _unreadable(flaw: Flaw) -> UserError:

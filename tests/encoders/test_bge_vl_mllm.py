@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -25,7 +24,7 @@ from pipeline.plan import make_plan
 from pipeline.run import run_experiment
 from pipeline.support.errors import UserError
 from tests.encoders import tiny_models
-from tests.encoders.tiny_models import picture
+from tests.encoders.tiny_models import bring_code, cut_weights_short, encoded, picture, with_biases, write_weights
 
 I, T = "Find what is asked: ", "a red circle"
 
@@ -47,12 +46,6 @@ def encoder(directory: Path) -> Any:
 
 def encoder_of(directory: Path, precision: str = "fp32", **options: Any) -> Any:
     return bge_vl_mllm.build(Params(str(directory), **options), "cpu", precision)
-
-
-def encoded(encoder: Any, items: list[Item]) -> np.ndarray:
-    found = encoder.encode([pickle.loads(pickle.dumps(encoder.prepare(item))) for item in items])
-    assert found.dtype == np.float32 and found.shape == (len(items), encoder.dimension)
-    return np.asarray(found)
 
 
 def query(text: str | None, image: Any, instruction: str | None = I) -> Item:
@@ -244,16 +237,14 @@ def as_published(source: Path, target: Path, change: dict[str, Any] | None = Non
     """The directory as BAAI's: names of old releases, remote code in the config, no patch_size for the processor."""
     shutil.copytree(source, target)
     model = LlavaNextForConditionalGeneration.from_pretrained(source)
-    state = {published_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
-    state = {name: tensor for name, tensor in {**state, **(change or {})}.items() if tensor is not None}
-    save_file(state, target / "model.safetensors", {"format": "pt"})
-    config = json.loads((target / "config.json").read_text())
-    config["architectures"] = ["LLaVANextForEmbedding"]
-    config["text_config"]["rope_theta"] = config["text_config"].pop("rope_parameters")["rope_theta"]
-    assert config["text_config"]["rope_theta"] == 1e6  # not the default, which a name not understood would leave
-    config["auto_map"] = {"AutoModel": "modeling_llavanext_for_embedding.LLaVANextForEmbedding"}
-    (target / "config.json").write_text(json.dumps(config))
-    (target / "modeling_llavanext_for_embedding.py").write_text("raise SystemExit('this must not run')\n")
+    state = {published_name(name): tensor for name, tensor in model.state_dict().items()}
+    write_weights(target, {**state, **(change or {})})
+    text_config = json.loads((target / "config.json").read_text())["text_config"]
+    text_config["rope_theta"] = text_config.pop("rope_parameters")["rope_theta"]
+    assert text_config["rope_theta"] == 1e6  # not the default, which a name not understood would leave
+    bring_code(target, "modeling_llavanext_for_embedding", architectures=["LLaVANextForEmbedding"],
+               text_config=text_config,
+               auto_map={"AutoModel": "modeling_llavanext_for_embedding.LLaVANextForEmbedding"})
     (target / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaNextProcessor"}))
     return target
 
@@ -289,11 +280,7 @@ def published_shapes(vision: tuple[int, int, int], text: tuple[int, int, int, in
             "self_attn.q_proj": (W, W), "self_attn.k_proj": (key_width, W), "self_attn.v_proj": (key_width, W),
             "self_attn.o_proj": (W, W), "mlp.gate_proj": (inner, W), "mlp.up_proj": (inner, W),
             "mlp.down_proj": (W, inner), "input_layernorm": (W,), "post_attention_layernorm": (W,)}.items()}
-    for name, shape in linears.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    for name in norms:
-        shapes |= {f"{name}.weight": (V,), f"{name}.bias": (V,)}
-    return shapes
+    return shapes | with_biases(linears, dict.fromkeys(norms, V))
 
 
 @pytest.mark.parametrize("vocabulary, parameters", [(32005, 7_566_264_320), (32064, 7_566_747_648)])
@@ -322,8 +309,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(directory: Path, tmp_path: 
 
 def test_a_file_cut_short_is_refused(directory: Path, tmp_path: Path) -> None:
     published = as_published(directory, tmp_path / "published")
-    weights = published / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    cut_weights_short(published)
     with pytest.raises(UserError, match="cannot load the weights"):
         encoder_of(published)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (AutoTokenizer, BlipForImageTextRetrieval, CLIPConfig, CLIPModel, CLIPTextModelWithProjection,
                           CLIPVisionModelWithProjection, ChineseCLIPModel, SiglipTextModel, SiglipVisionModel)
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -34,7 +33,7 @@ from pipeline.plan import make_plan
 from pipeline.run import run_experiment
 from pipeline.support.errors import UserError
 from tests.encoders import tiny_models
-from tests.encoders.tiny_models import picture
+from tests.encoders.tiny_models import bring_code, cut_weights_short, encoded, picture, with_biases, write_weights
 
 TEXTS = ("a red circle", "the blue square above a star, at night", "x")
 FAMILIES = ("clip", "siglip", "chinese_clip", "blip_retrieval")
@@ -55,12 +54,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def encoder_of(directory: Path, precision: str = "fp32", **options: Any) -> Any:
     return dual_encoder.build(Params(str(directory), **options), "cpu", precision)
-
-
-def encoded(encoder: Any, items: list[Item]) -> np.ndarray:
-    found = encoder.encode([pickle.loads(pickle.dumps(encoder.prepare(item))) for item in items])
-    assert found.dtype == np.float32 and found.shape == (len(items), encoder.dimension)
-    return np.asarray(found)
 
 
 def mixed_items() -> list[Item]:
@@ -288,10 +281,8 @@ def test_remote_code_named_by_a_config_is_not_run(folder: Path, tmp_path: Path) 
     """As in BGE-VL's repositories: the stock classes read the same weights."""
     directory = tmp_path / "clip"
     shutil.copytree(folder / "clip", directory)
-    config = json.loads((directory / "config.json").read_text())
-    config["auto_map"] = {"AutoModel": "modeling_MMRet_CLIP.CLIPModel", "AutoConfig": "modeling_MMRet_CLIP.Config"}
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "modeling_MMRet_CLIP.py").write_text("raise SystemExit('this must not run')\n")
+    bring_code(directory, "modeling_MMRet_CLIP",
+               auto_map={"AutoModel": "modeling_MMRet_CLIP.CLIPModel", "AutoConfig": "modeling_MMRet_CLIP.Config"})
     assert np.array_equal(encoded(encoder_of(directory), mixed_items()),
                           encoded(encoder_of(folder / "clip"), mixed_items()))
 
@@ -317,9 +308,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(folder: Path, tmp_path: Pat
 def changed(source: Path, target: Path, change: dict[str, Any]) -> Path:
     """A copy of a model's directory whose weights lack what is None, and have what is not."""
     shutil.copytree(source, target)
-    state = {**load_file(target / "model.safetensors"), **change}
-    kept = {name: tensor for name, tensor in state.items() if tensor is not None}
-    save_file(kept, target / "model.safetensors", {"format": "pt"})
+    write_weights(target, {**load_file(target / "model.safetensors"), **change})
     return target
 
 
@@ -333,8 +322,7 @@ def test_what_only_training_reads_may_be_absent(folder: Path, tmp_path: Path) ->
 
 def test_a_file_cut_short_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "clip", tmp_path / "clip")
-    weights = tmp_path / "clip/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    cut_weights_short(tmp_path / "clip")
     with pytest.raises(UserError, match="cannot load the weights"):
         encoder_of(tmp_path / "clip")
 
@@ -422,17 +410,14 @@ def clip_shapes(vision: tuple[int, int, int, int], text: tuple[int, int], D: int
         "vision_model.embeddings.class_embedding": (V,),
         "vision_model.embeddings.patch_embedding.weight": (V, 3, patch, patch),
         "vision_model.embeddings.position_embedding.weight": ((image // patch) ** 2 + 1, V)}
+    linears: dict[str, tuple[int, int]] = {}
     norms = {"text_model.final_layer_norm": W, "vision_model.pre_layrnorm": V, "vision_model.post_layernorm": V}
     for tower, width, layers in (("text_model", W, text_layers), ("vision_model", V, vision_layers)):
         for layer in (f"{tower}.encoder.layers.{number}" for number in range(layers)):
             norms |= {f"{layer}.layer_norm1": width, f"{layer}.layer_norm2": width}
-            linears = {f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
-            linears |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
-            for name, shape in linears.items():
-                shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
-    for name, width in norms.items():
-        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-    return shapes
+            linears |= {f"{layer}.self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
+            linears |= {f"{layer}.mlp.fc1": (4 * width, width), f"{layer}.mlp.fc2": (width, 4 * width)}
+    return shapes | with_biases(linears, norms)
 
 
 @pytest.mark.parametrize("vision, text, D, parameters", [

@@ -12,13 +12,11 @@ import logging
 import pickle
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from email.utils import formatdate
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +33,11 @@ from pipeline.plan import make_plan
 from pipeline.support import http
 from pipeline.support.errors import UserError
 from pipeline.workers import run_stage
+from tests.fault_server import KEY, Fault, FaultServer, Handler, answering, cut, dropped, running
 
-KEY = "sk-secret-0123456789"
 D = 8
 RED = Image.new("RGB", (6, 4), (250, 10, 10))
 NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 255, (30, 20, 3), dtype=np.uint8))
-Fault = Callable[["Handler"], bool]  # answers a request in place of the service; True if it did
 
 
 def vector_of(sent: Any, fields: dict[str, Any]) -> np.ndarray:
@@ -49,47 +46,13 @@ def vector_of(sent: Any, fields: dict[str, Any]) -> np.ndarray:
     return np.random.default_rng(int.from_bytes(seed, "big")).normal(size=D).astype(np.float32)
 
 
-class Handler(BaseHTTPRequestHandler):
-    server: Service
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.bodies.append(body)
-            self.server.times.append(time.monotonic())
-            fault = self.server.faults.pop(0) if self.server.faults else None
-        if self.headers.get("Authorization") != f"Bearer {KEY}":
-            return self.answer(401, {"error": {"message": f"no: {self.headers.get('Authorization')}"}})
-        if fault is None or not fault(self):
-            self.answer(200, self.server.defined(body))
-
-    def answer(self, status: int, content: Any, **headers: str) -> None:
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-class Service(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.faults: list[Fault | None] = []
-        self.bodies: list[dict[str, Any]] = []
-        self.times: list[float] = []
-        self.lock = threading.Lock()
-        self.packed = False
+class Service(FaultServer):
+    path = "/v1/embeddings"
+    packed = False
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1/embeddings"
+        return f"{self.address}{self.path}"
 
     def defined(self, body: dict[str, Any]) -> dict[str, Any]:
         """An answer in no particular order, as services are free to give it; numbers, or base64."""
@@ -104,15 +67,8 @@ class Service(ThreadingHTTPServer):
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    monkeypatch.setenv("TEST_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(http, "FIRST_WAIT", 0.02)
-    with Service() as server:
-        thread = threading.Thread(target=server.serve_forever, args=[0.01])
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+    with running(Service(), monkeypatch) as found:
+        yield found
 
 
 def params_of(service: Service, style: str = "openai", **options: Any) -> Params:
@@ -247,28 +203,6 @@ def test_large_inputs_are_spread_over_requests(service: Service, monkeypatch: py
     assert sorted(len(body["input"]) for body in service.bodies) == [1, 2, 2, 5]  # eight bytes each
 
 
-def fails(status: int, content: Any = b"busy", **headers: str) -> Fault:
-    def fault(handler: Handler) -> bool:
-        handler.answer(status, content, **headers)
-        return True
-    return fault
-
-
-def cut(handler: Handler) -> bool:
-    """The connection ends in the middle of the answer."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    handler.wfile.write(b'{"data": [')
-    handler.close_connection = True
-    return True
-
-
-def dropped(handler: Handler) -> bool:
-    handler.connection.close()
-    return True
-
-
 def late(handler: Handler) -> bool:
     time.sleep(0.6)
     return True
@@ -277,7 +211,7 @@ def late(handler: Handler) -> bool:
 def changed(change: Callable[[list[dict[str, Any]]], Any]) -> Fault:
     """The answer that the service would give, with its rows changed."""
     def fault(handler: Handler) -> bool:
-        answer = handler.server.defined(handler.server.bodies[-1])
+        answer = handler.server.defined(handler.sent)
         handler.answer(200, {**answer, "data": change(answer["data"])})
         return True
     return fault
@@ -288,9 +222,10 @@ def with_embedding(value: Any) -> Fault:
 
 
 PASSING = {
-    "429": fails(429), "500": fails(500), "503 without a word": fails(503, b""), "502 page": fails(502, b"<html>"),
-    "cut": cut, "dropped": dropped, "late": late, "not JSON": fails(200, b"{"), "not text": fails(200, b"\xff\xfe\x00"),
-    "a list": fails(200, []), "no data": fails(200, {"ok": True}), "rows of numbers": fails(200, {"data": [1, 2]}),
+    "429": answering(429), "500": answering(500), "503 without a word": answering(503, b""),
+    "502 page": answering(502, b"<html>"), "cut": cut, "dropped": dropped, "late": late,
+    "not JSON": answering(200, b"{"), "not text": answering(200, b"\xff\xfe\x00"), "a list": answering(200, []),
+    "no data": answering(200, {"ok": True}), "rows of numbers": answering(200, {"data": [1, 2]}),
     "NaN": with_embedding([float("nan")] * D), "infinity": with_embedding([float("inf")] * D),
     "null": with_embedding([None] * D), "words": with_embedding(["a"] * D), "nothing": with_embedding(None),
     "nested": with_embedding([[1.0] * D]), "bad base64": with_embedding("AAAA!"), "odd base64": with_embedding("AAAA"),
@@ -330,13 +265,13 @@ def test_an_answer_without_indices_is_in_order(service: Service) -> None:
 
 
 def test_waiting_as_long_as_the_service_asks(service: Service) -> None:
-    service.faults = [fails(429, b"", Retry_After="0.4")]
+    service.faults = [answering(429, b"", Retry_After="0.4")]
     encoded(encoder_of(service), texts(1))
     assert 0.4 <= service.times[1] - service.times[0] < 5
-    service.faults = [fails(503, b"", Retry_After=formatdate(time.time() + 2, usegmt=True))]
+    service.faults = [answering(503, b"", Retry_After=formatdate(time.time() + 2, usegmt=True))]
     encoded(encoder_of(service), texts(1))
     assert 0.5 <= service.times[3] - service.times[2] < 10
-    service.faults = [fails(429, {"error": {"message": "daily quota"}}, Retry_After="86400")]
+    service.faults = [answering(429, {"error": {"message": "daily quota"}}, Retry_After="86400")]
     with pytest.raises(UserError, match="429: daily quota; it asks to wait 86,400 seconds"):
         encoded(encoder_of(service), texts(1))
 
@@ -362,7 +297,7 @@ def test_waits_grow_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 ])
 def test_the_users_mistake_is_told_in_the_services_words(service: Service, status: int, content: Any,
                                                          message: str) -> None:
-    service.faults = [fails(status, content, Location="http://127.0.0.1:9/")]
+    service.faults = [answering(status, content, Location="http://127.0.0.1:9/")]
     with pytest.raises(UserError, match=message) as found:
         encoded(encoder_of(service), texts(1))
     assert len(service.bodies) == 1 and len(str(found.value)) < 600
@@ -411,7 +346,7 @@ def test_a_wrong_number_of_vectors_or_dimensions_is_refused(service: Service, ch
 
 def test_one_failure_abandons_the_rest(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "FIRST_WAIT", 30.0)
-    service.faults = [fails(500), fails(500), fails(400)]
+    service.faults = [answering(500), answering(500), answering(400)]
     started = time.monotonic()
     with pytest.raises(UserError, match="answered 400"):
         encoded(encoder_of(service, items_per_request=1, concurrency=3), texts(50))
@@ -489,7 +424,7 @@ def test_a_benchmark_is_embedded_through_a_service(service: Service, small_argum
     path = tmp_path / "served.yaml"
     path.write_text(f"# A service of a test.\nencoder: endpoint\nstyle: voyage\nurl: {service.url}\nmodel: a-model\n"
                     f"dimension: {D}\nkey_variable: TEST_KEY\nquery_request: {{input_type: query}}\n")
-    service.faults = [None, fails(500), None, cut]
+    service.faults = [None, answering(500), None, cut]
     experiment = load("quickstart", [
         f"work_dir={tmp_path}/work", f"encoders=[{path}]", *small_arguments, "tasks=[scenes_task0]", "pools=[local]",
         "embed.loaders=2", "embed.storage=float32", "embed.instruction=none"])

@@ -25,7 +25,8 @@ from pipeline.generation.answers import Job, Params, Question
 from pipeline.generation.chat import Answer
 from pipeline.support import http
 from pipeline.support.errors import UserError
-from tests.generation.chat_server import ChatServer, Handler, answering, cut, defined, running
+from tests.fault_server import Handler, answering, dropped, running
+from tests.generation.chat_server import ChatServer, defined
 
 COUNT = 23
 
@@ -148,7 +149,7 @@ def test_interrupted_in_this_process_what_came_is_kept(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
-    with running(monkeypatch) as found:
+    with running(ChatServer(), monkeypatch) as found:
         found.delay = 0.01
         yield found
 
@@ -159,7 +160,7 @@ def test_whatever_fails_on_the_way_every_query_gets_its_own_answer(
     monkeypatch.setattr(http, "FIRST_WAIT", 0.02)
     lines = [{"query_id": f"q{n}", "messages": [{"role": "user", "content": f"Word {n}?"}]} for n in range(250)]
     (tmp_path / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    faults = [answering(429, Retry_After="0"), answering(500), answering(200, b"{half"), cut, answering(200, {})]
+    faults = [answering(429, Retry_After="0"), answering(500), answering(200, b"{half"), dropped, answering(200, {})]
     met = Counter[str]()
 
     def fault(handler: Handler) -> bool:

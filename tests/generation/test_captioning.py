@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.support import http
-from tests.generation.chat_server import ChatServer, running
+from tests.fault_server import running
+from tests.generation.chat_server import ChatServer
 from tests.small_mbeir import COLOURS, TASK, SmallMbeir
 
 
@@ -30,9 +30,7 @@ def sees(messages: list[dict[str, Any]]) -> str:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
-    monkeypatch.setattr(http, "FIRST_WAIT", 0.02)
-    with running(monkeypatch) as found:
-        found.model = sees
+    with running(ChatServer(sees), monkeypatch) as found:
         yield found
 
 

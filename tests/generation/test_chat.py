@@ -12,18 +12,17 @@ import pytest
 
 from pipeline.generation.chat import Answer, ChatService, endpoint_of, read_answer
 from pipeline.generation.model import Model, request_of
-from pipeline.support import http
 from pipeline.support.errors import UserError
 from pipeline.support.http import Abandoned, Patience, Unusable
-from tests.generation.chat_server import KEY, ChatServer, Fault, Handler, answering, completion, cut, defined, running
+from tests.fault_server import KEY, Fault, Handler, answering, cut, dropped, running
+from tests.generation.chat_server import ChatServer, completion, defined
 
 HELLO = [{"role": "user", "content": "Hello \u00e9 \U0001f600"}]
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
-    monkeypatch.setattr(http, "FIRST_WAIT", 0.02)
-    with running(monkeypatch) as found:
+    with running(ChatServer(), monkeypatch) as found:
         yield found
 
 
@@ -34,15 +33,6 @@ def service_of(server: ChatServer, retries: int = 6, timeout: float = 5.0, **opt
 
 def asked(service: ChatService) -> Answer:
     return service.answer(HELLO, threading.Event())
-
-
-def half(handler: Handler) -> bool:
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    handler.wfile.write(b'{"choices": [{"mess')
-    handler.close_connection = True
-    return True
 
 
 def slow(handler: Handler) -> bool:
@@ -58,7 +48,7 @@ def test_what_is_sent_and_what_comes_back(server: ChatServer) -> None:
 @pytest.mark.parametrize("fault", [
     answering(429, Retry_After="0"), answering(429), answering(500), answering(503, b"<html>busy</html>"),
     answering(200, b"{not json"), answering(200, {"choices": []}), answering(200, {"error": {"message": "busy"}}),
-    answering(200, [1]), cut, half])
+    answering(200, [1]), cut, dropped])
 def test_what_passes_is_asked_again(server: ChatServer, fault: Fault) -> None:
     server.faults = [fault, None, fault, None]
     assert asked(service_of(server)).text == defined(HELLO)

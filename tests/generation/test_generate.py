@@ -20,8 +20,8 @@ from pipeline.cli import main
 from pipeline.config import Experiment
 from pipeline.generate_commands import add_parsers
 from pipeline.generation.text_scores import cider, bleu_of_all, exact_match, rouge_l
-from pipeline.support import http
-from tests.generation.chat_server import KEY, ChatServer, Handler, running
+from tests.fault_server import KEY, answering, running
+from tests.generation.chat_server import ChatServer
 
 CELL = ["--task", "scenes_task3", "--pool", "local"]
 
@@ -36,9 +36,7 @@ def work(quick_run: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
-    monkeypatch.setattr(http, "FIRST_WAIT", 0.02)
-    with running(monkeypatch) as found:
-        found.model = lambda messages: "A red circle."
+    with running(ChatServer(lambda messages: "A red circle."), monkeypatch) as found:
         yield found
 
 
@@ -117,7 +115,7 @@ def _picture(body: dict[str, Any]) -> bytes:
     url = next(part["image_url"]["url"] for part in body["messages"][1]["content"] if part["type"] == "image_url")
     head, data = url.split(",")
     assert head == "data:image/png;base64"
-    return Image.open(io.BytesIO(base64.b64decode(data))).tobytes()
+    return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB").tobytes()
 
 
 def _pixels(path: Path) -> bytes:
@@ -140,9 +138,7 @@ def test_questions_are_scored_against_a_file_and_scored_again_without_asking(
 
 
 def test_a_query_without_an_answer_counts_as_wrong(generate: Generate, capsys: pytest.CaptureFixture[str]) -> None:
-    def failing(handler: Handler) -> bool:
-        handler.answer(400, {"error": {"message": "too long"}})
-        return True
+    failing = answering(400, {"error": {"message": "too long"}})
     generate.server.faults, count = [None, failing], len(results(generate.work))
     options = [*CELL, "--metric", "exact_match", "--metric", "rouge_l", "--json"]
     assert generate(*options) == 2

@@ -11,20 +11,23 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import Experiment, load
 from pipeline.complements.making import Wanted, make_complements
+from pipeline.config import Experiment, load
+from pipeline.images import ImageStore
 from pipeline.rag import Result, load_results, message_lines, to_hf_dataset, to_langchain, to_llama_index, to_messages
+from pipeline.rag.records import Picture
 from pipeline.report.results import Cells, write_results
 from pipeline.support.errors import UserError
+from tests.fault_server import KEY, running
+from tests.generation.chat_server import ChatServer, completion
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG_START = b"\x89PNG"
@@ -140,6 +143,20 @@ def test_pictures_are_made_smaller_and_others_become_png(results: list[Result], 
     assert data_of({"image_url": {"url": odd.data_uri()}}).startswith(PNG_START)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_pictures_that_fit_are_passed_on_as_they_are_stored(tmp_path: Path, kind: str) -> None:
+    stored = tmp_path / "picture"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(stored, kind)
+    picture = Picture("picture", lambda: ImageStore(tmp_path))
+    unchanged = f"data:image/{kind.lower()};base64,{base64.b64encode(stored.read_bytes()).decode()}"
+    assert [picture.data_uri(side) for side in (None, 40, 41)] == [unchanged] * 3
+    with Image.open(io.BytesIO(data_of({"image_url": {"url": picture.data_uri(39)}}))) as image:
+        assert image.size == (39, 29)
+    stored.write_bytes(stored.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be used"):
+        picture.data_uri(40)
+
+
 def test_uniir_s_files_are_read_with_their_complements_in_place(experiment: Experiment, results: list[Result]) -> None:
     path = experiment.directory / "retrieval_results/uniir/quickstart_clip"
     found = list(load_results(path / "mbeir_scenes_task3_union_pool_test_k12_retrieved.jsonl"))
@@ -209,29 +226,18 @@ def test_mistakes_are_named(path: Path, results: list[Result], tmp_path: Path) -
         list(load_results(tmp_path / "nothing.jsonl"))
 
 
-class _Answering(BaseHTTPRequestHandler):
+class _Counting(ChatServer):
     """Answers with the number of images that it was shown."""
 
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        images = sum(part["type"] == "image_url" for part in asked["messages"][-1]["content"])
-        answer = {"choices": [{"message": {"role": "assistant", "content": f"{asked['model']} saw {images} images"}}]}
-        data = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+    def defined(self, body: Any) -> dict[str, Any]:
+        images = sum(part["type"] == "image_url" for part in body["messages"][-1]["content"])
+        return completion(f"{body['model']} saw {images} images")
 
 
 @pytest.fixture
-def server() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Answering) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with running(_Counting(), monkeypatch) as found:
+        yield found.address
 
 
 def test_the_script_of_the_documentation_gets_answers(path: Path, server: str, results: list[Result],
@@ -241,7 +247,8 @@ def test_the_script_of_the_documentation_gets_answers(path: Path, server: str, r
     assert len([line for line in script.splitlines() if line.strip()]) < 20
     (tmp_path / "answers.py").write_text(script)
     done = subprocess.run([sys.executable, tmp_path / "answers.py", path, server, "tiny"], text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=100)
+                          capture_output=True, timeout=100,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": KEY})
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["query_id"] for answer in answers] == [result.query.query_id for result in results]
