@@ -9,11 +9,9 @@ The trade: what precision the weights have, and how long a text may be, is decid
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -22,9 +20,8 @@ import numpy as np
 
 from pipeline.encoders import Item
 from pipeline.encoders.precision import arithmetic, check_precision
+from pipeline.encoders.prompted import Prepared, loading, probes, warn_unless_cosine
 from pipeline.support.errors import UserError
-
-log = logging.getLogger("pipeline")
 
 _CATEGORIES = {"text": "t2t", "image": "i2i", "image,text": "it2it"}
 
@@ -56,20 +53,6 @@ class Params:
     trust_remote_code: bool = False
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Text, image (RGB) or both; the task's prompt for it (None: none), and whether it is a query."""
-
-    text: str | None
-    image: np.ndarray | None
-    prompt: str | None
-    role: str
-
-    @property
-    def kind(self) -> str:
-        return ",".join(name for name in ("image", "text") if getattr(self, name) is not None)
-
-
 def identity(params: Params) -> dict[str, Any]:
     """What the fingerprint sees: the registry's name and revision, and how items are put to the model. No mteb.
 
@@ -93,16 +76,16 @@ def build(params: Params, device: str, precision: str) -> MtebEncoder:
                         params.model, "choose a dense model")
     if not {"text", "image"} & set(meta.modalities):
         raise UserError(f"this model takes {', '.join(meta.modalities)} only", params.model, "choose another one")
-    if meta.similarity_fn_name not in (None, "cosine"):
-        log.warning("%s is made for the %s of its vectors; the search takes their cosine", params.model,
-                    meta.similarity_fn_name.value)
-    return MtebEncoder(_load(meta, params, device), params, device, precision, meta.modalities)
+    if meta.similarity_fn_name is not None:
+        warn_unless_cosine(params.model, meta.similarity_fn_name.value)
+    with loading("mteb", params.model, "run once with network access; some need more packages"), _own_code_only(params):
+        model = meta.load_model(device=device, embed_dim=params.embed_dim)
+    return MtebEncoder(model, params, device, precision, meta.modalities)
 
 
 def _registered(params: Params) -> Any:
     try:
-        with redirect_stdout(sys.stderr):  # transformers prints there, where a command's results go
-            import mteb
+        import mteb
     except ImportError as error:
         raise UserError("mteb is not installed", None, "pip install 'plumbline[mteb]'") from error
     try:
@@ -111,20 +94,6 @@ def _registered(params: Params) -> Any:
         raise UserError(str(error.args[0]), None, "for others: encoder: sentence_transformers") from error
     except ValueError as error:
         raise UserError(str(error), None, "set what is expected, or install the mteb that has yours") from error
-
-
-def _load(meta: Any, params: Params, device: str) -> Any:
-    import torch
-
-    try:
-        with _own_code_only(params):
-            return meta.load_model(device=device, embed_dim=params.embed_dim)
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # each of hundreds of loaders fails in its own way
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"mteb cannot load this model: {what}", params.model,
-                        "run once with network access; some need more packages") from error
 
 
 @contextmanager
@@ -150,21 +119,19 @@ class MtebEncoder:
 
     def __init__(self, model: Any, params: Params, device: str, precision: str, modalities: Sequence[str]):
         self.model, self.params, self.device, self.precision = model, params, device, precision
-        grey = np.full((64, 64, 3), 128, np.uint8)
-        items = {"text": Prepared("a probe", None, None, "candidate"), "image": Prepared(None, grey, None, "candidate")}
-        probes = {name: self._vectors([item]) for name, item in items.items() if name in modalities}
-        self.dimension = next(iter(probes.values())).shape[1]
-        self.modalities = frozenset({*probes, *(("image,text",) if self._joins(probes, grey) else ())})
+        alone = {name: self._vectors([self.prepare(item)]) for name, item in probes().items() if name in modalities}
+        self.dimension = next(iter(alone.values())).shape[1]
+        self.modalities = frozenset({*alone, *(("image,text",) if self._joins(alone) else ())})
 
-    def _joins(self, probes: Mapping[str, np.ndarray], grey: np.ndarray) -> bool:
+    def _joins(self, alone: Mapping[str, np.ndarray]) -> bool:
         """Whether text and image make one vector of both: some models refuse, some look at one of them."""
-        if len(probes) < 2:
+        if len(alone) < 2:
             return False
         try:
-            joined_1D = self._vectors([Prepared("a probe", grey, None, "candidate")])
+            joined_1D = self._vectors([self.prepare(probes()["image,text"])])
         except (NotImplementedError, ValueError, KeyError, TypeError):
             return False
-        return not any(np.allclose(joined_1D, alone_1D) for alone_1D in probes.values())
+        return not any(np.allclose(joined_1D, alone_1D) for alone_1D in alone.values())
 
     def prepare(self, item: Item) -> Prepared:
         """Text and prompt chosen, the image as uint8 [H, W, 3]."""
@@ -172,8 +139,7 @@ class MtebEncoder:
         prompt = self.params.query_prompt if is_query else self.params.candidate_prompt
         if is_query and self.params.instruction_as == "prompt" and item.instruction:
             text, prompt = item.bare_text, item.instruction
-        image = None if item.image is None else np.asarray(item.image, np.uint8)
-        return Prepared(text or ("" if image is None else None), image, prompt, item.role)
+        return Prepared.of(item, text, prompt)
 
     def encode(self, batch: Sequence[Prepared]) -> np.ndarray:
         """float32 [B, D], normalised where mteb's own wrapper of the model does."""
@@ -209,14 +175,13 @@ class Rows:
 
     def __init__(self, items: Sequence[Prepared]):
         import datasets
-        from PIL import Image
 
         self.rows: list[dict[str, Any]] = []
         for number, item in enumerate(items):
             words = {"text": item.text, "query": item.text}
             if item.role == "candidate":  # mteb strips these
                 words = {"text": (item.text or "").strip(), "body": item.text}
-            picture = {} if item.image is None else {"image": Image.fromarray(item.image)}
+            picture = {} if item.image is None else {"image": item.picture}
             self.rows.append({"id": str(number), **(words if item.text is not None else {}), **picture})
         self.column_names = list(self.rows[0])
         string, image = datasets.Value("string"), datasets.Image()

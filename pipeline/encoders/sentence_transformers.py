@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,14 +23,13 @@ import numpy as np
 from pipeline.encoders import Item
 from pipeline.encoders.model_directories import directory_identity, find_directory, model_directory
 from pipeline.encoders.precision import arithmetic, check_precision, weights_dtype
+from pipeline.encoders.prompted import Prepared, probes, warn_unless_cosine
 from pipeline.encoders.sentence_transformers_loading import (has_many_weights, load_model, refuse_if_used,
                                                              reserved_words)
 from pipeline.support.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-log = logging.getLogger("pipeline")
 
 ORDERS = ("text,image", "image,text")
 _CHOICES = {"instruction_as": ("text", "prompt"), "fusion": ("native", "sum"), "content_order": ORDERS}
@@ -68,16 +66,6 @@ class Params:
     trust_remote_code: bool = False
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Text, image (RGB) or both; what the prompt is (None: the model's own), and whether it is a query."""
-
-    text: str | None
-    image: np.ndarray | None
-    prompt: str | None
-    role: str
-
-
 def identity(params: Params) -> dict[str, Any]:
     """What the fingerprint sees: the model by content or commit, and how items are put to it. No torch.
 
@@ -105,9 +93,7 @@ def build(params: Params, device: str, precision: str) -> SentenceTransformersEn
     model, missing = load_model(directory, device, dtype, params.trust_remote_code, truncate_dim=params.truncate_dim)
     if params.max_length is not None:
         model.max_seq_length = params.max_length
-    if model.similarity_fn_name != "cosine":
-        log.warning("%s is made for the %s of its vectors; the search takes their cosine", params.model,
-                    model.similarity_fn_name)
+    warn_unless_cosine(params.model, model.similarity_fn_name)
     encoder = SentenceTransformersEncoder(model, params, device, precision)
     refuse_if_used(missing, encoder.probe, directory)
     return encoder
@@ -134,9 +120,7 @@ class SentenceTransformersEncoder:
 
     def _probes(self) -> list[Item]:
         """One item of each kind that the model takes."""
-        grey = _picture(np.full((64, 64, 3), 128, np.uint8))
-        items = {"text": Item("a probe", None), "image": Item(None, grey), "image,text": Item("a probe", grey)}
-        return [item for kind, item in items.items() if kind in self.modalities]
+        return [item for kind, item in probes().items() if kind in self.modalities]
 
     def probe(self) -> np.ndarray:
         """float32 [B, D], B from 1 to 3: vectors of one item of each kind."""
@@ -145,8 +129,7 @@ class SentenceTransformersEncoder:
     def prepare(self, item: Item) -> Prepared:
         """What the model is given: text and prompt chosen, the image as uint8 [H, W, 3]."""
         text, prompt = (words and self.reserved.sub(" ", words) for words in self._wording(item))
-        image = None if item.image is None else np.asarray(item.image, np.uint8)
-        return Prepared(text or ("" if image is None else None), image, prompt, item.role)
+        return Prepared.of(item, text, prompt)
 
     def _wording(self, item: Item) -> tuple[str | None, str | None]:
         """Text and prompt. An instruction that cannot reach the model as a prompt stays in the text."""
@@ -228,14 +211,8 @@ class SentenceTransformersEncoder:
             if name == "text" and has_text and item.text is not None:
                 found["text"] = item.text
             if name == "image" and has_image and item.image is not None:
-                found["image"] = _picture(item.image)
+                found["image"] = item.picture
         return found
-
-
-def _picture(pixels: np.ndarray) -> Image:
-    from PIL import Image
-
-    return Image.fromarray(pixels)
 
 
 def _check(params: Params) -> None:

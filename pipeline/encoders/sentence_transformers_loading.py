@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.encoders.model_directories import read_config
+from pipeline.encoders.prompted import loading
 from pipeline.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,25 +38,16 @@ def load_model(directory: Path, device: str, dtype: Any, is_trusted: bool,
     """
     _check_modules(directory, is_trusted)
     try:
-        with redirect_stdout(sys.stderr):  # transformers prints there, where a command's results go
-            import sentence_transformers
+        import sentence_transformers
     except ImportError as error:
         raise UserError("sentence-transformers is not installed", None,
                         "pip install 'plumbline[sentence-transformers]'") from error
-    import torch
-
     missing: dict[str, Tensor] = {}
-    try:
-        with _noting(missing, directory):
-            model = sentence_transformers.SentenceTransformer(
-                str(directory), device=device, trust_remote_code=is_trusted, local_files_only=True,
-                model_kwargs={"torch_dtype": dtype}, **options)
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # modules, tokenizers and templates have errors of their own, of any kind
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"sentence-transformers cannot load this model: {what}", str(directory),
-                        "download the model again, or read its page for what it needs") from error
+    advice = "download the model again, or read its page for what it needs"
+    with loading("sentence-transformers", str(directory), advice), _noting(missing, directory):
+        model = sentence_transformers.SentenceTransformer(
+            str(directory), device=device, trust_remote_code=is_trusted, local_files_only=True,
+            model_kwargs={"torch_dtype": dtype}, **options)
     return model.eval(), missing
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.artifacts import Artifact
 from pipeline.config import Experiment, load
 from pipeline.plan import Scored, make_plan
 from pipeline.stages import embed, retrieve
@@ -21,10 +20,6 @@ class Cell:
     search: retrieve.Job
     queries: embed.Job
     pools: tuple[embed.Job, ...]
-
-    @property
-    def tables(self) -> list[Artifact]:
-        return [pool.table for pool in self.pools]
 
 
 def choose(name: str, overrides: Sequence[str], task: str, pool: str | None, encoder: str | None) -> Cell:

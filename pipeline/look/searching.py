@@ -16,7 +16,7 @@ from pipeline.benchmarks import load_adapter
 from pipeline.images import ImageStore
 from pipeline.look import Candidate, View
 from pipeline.look.cells import Cell
-from pipeline.look.contents import Contents
+from pipeline.look.contents import contents_of
 from pipeline.look.pools import OpenPool
 from pipeline.look.showing import candidate_at, judgements, query_of
 from pipeline.look.vectors import QueryEncoder
@@ -44,7 +44,7 @@ class Searcher:
         settings = cell.experiment.settings
         self.cell, self.pool = cell, OpenPool(cell.search, settings.retrieve)
         self.encoder = QueryEncoder(cell.queries, settings.embed.device)
-        self.queries, self.contents = Contents([cell.queries.table], "query_id"), Contents(cell.tables, "candidate_id")
+        self.queries, self.contents = contents_of(cell)
         adapter = load_adapter(cell.experiment.benchmark.adapter)
         self.written: Callable[[str], str] = getattr(adapter, "format_string", str)
 

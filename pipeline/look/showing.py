@@ -16,7 +16,7 @@ from pipeline.images import ImageStore
 from pipeline.loading import choose_prompts
 from pipeline.look import Candidate, Picture, Query, View
 from pipeline.look.cells import Cell
-from pipeline.look.contents import Contents
+from pipeline.look.contents import Contents, contents_of
 from pipeline.stages.score import PER_QUERY
 from pipeline.support.errors import NotReady
 
@@ -25,14 +25,14 @@ def show(cell: Cell, query_id: str, top: int) -> View:
     """UserError with the nearest ids if the task has no such query; NotReady while it is not searched."""
     if not cell.scored.job.run.is_complete():
         raise NotReady(f"this search is not done: python -m pipeline retrieve {cell.experiment.name}")
-    queries, pool = Contents([cell.queries.table], "query_id"), Contents(cell.tables, "candidate_id")
+    queries, pool = contents_of(cell)
     number = queries.row_number(query_id)
     row, hits = queries.row(number), _hits(cell, queries.shard_of(number), query_id)
     judged = judgements(cell, query_id)
     ranked = {hit["candidate_id"]: hit for hit in hits}
     relevant = [candidate_id for candidate_id, relevance in judged.items() if relevance > 0]
     shown = [hit["candidate_id"] for hit in hits[:top]]
-    rows = pool.rows_of([*shown, *relevant])
+    rows = pool.rows_by_id([*shown, *relevant])
     found = {name: _candidate(name, pool, rows, ranked.get(name, {}), judged) for name in [*shown, *relevant]}
     by_rank = sorted((found[name] for name in relevant), key=_place)
     return View(

@@ -6,7 +6,7 @@ kept: memory grows with the number of examples, not with pools or runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 
 from pipeline.artifacts import Artifact, shard_file
 from pipeline.embeddings import read_table
-from pipeline.plan import manifest_of
 from pipeline.report.cells import Cell, Cells, Key
+from pipeline.report.collected import Collected, located
 from pipeline.report.examples import Example
 from pipeline.report.survey import KINDS, NOTHING, RELEVANT
 
@@ -73,43 +73,18 @@ def read_contents(cells: Cells, examples: Sequence[Example], top: int) -> Conten
 
 
 def _queries(task: Artifact, numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
-    found: dict[int, dict[str, Any]] = {}
-    for stretch in _stretches(task, numbers):
-        rows = read_table(task.path(stretch.file), task.fingerprint).take(stretch.rows())
-        found.update(zip(stretch.numbers, rows.to_pylist()))
-    return found
-
-
-class _Stretch(NamedTuple):
-    """A shard of a task with some of the positions asked for: its number, its file, its first row, those positions."""
-
-    shard: int
-    file: str
-    first: int
-    numbers: list[int]
-
-    def rows(self) -> pa.Array:
-        return pa.array([number - self.first for number in self.numbers])
-
-
-def _stretches(task: Artifact, numbers: Sequence[int]) -> Iterator[_Stretch]:
-    first = 0
-    for shard, entry in enumerate(manifest_of(task.directory)["shards"]):
-        some = [number for number in numbers if first <= number < first + entry["rows"]]
-        if some:
-            yield _Stretch(shard, entry["file"], first, some)
-        first += entry["rows"]
+    parts = Collected(located(task), "query_id").parts(np.array(numbers))
+    return dict(zip(numbers, (row for part in parts for row in part.to_pylist())))
 
 
 def _hits(cell: Cell, numbers: Sequence[int], top: int) -> dict[int, list[Hit]]:
-    job = cell.scored.job
+    artifact, queries = cell.scored.job.run, Collected(located(cell.scored.job.task), "query_id")
     found: dict[int, list[Hit]] = {}
-    for stretch in _stretches(job.task, numbers):
-        queries = read_table(job.task.path(stretch.file), job.task.fingerprint, ["query_id"])
-        names = queries["query_id"].take(stretch.rows())
-        run = read_table(job.run.path(shard_file("run", stretch.shard)), job.run.fingerprint)
+    for shard, place_C in queries.places(np.array(numbers)):
+        names = queries.ids_of(shard).take(pa.array(place_C))
+        run = read_table(artifact.path(shard_file("run", shard)), artifact.fingerprint)
         run = run.filter(pc.is_in(run["query_id"], value_set=names))
-        for name, number in zip(names, stretch.numbers):
+        for name, number in zip(names, (place_C + queries.first_rows[shard]).tolist()):
             found[number] = _shown(run.filter(pc.equal(run["query_id"], name)), cell, number, top)
     return found
 
@@ -157,12 +132,8 @@ def _wanted(cells: Cells, hits: Mapping[tuple[Key, int], list[Hit]],
 def _candidates(wanted: Mapping[str, tuple[Artifact, set[str]]]) -> dict[tuple[str, str], dict[str, Any]]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for label, (pool, ids) in wanted.items():
-        value_set = pa.array(sorted(ids), pa.string())
-        for shard in manifest_of(pool.directory)["shards"]:
-            path = pool.path(shard["file"])
-            names = read_table(path, pool.fingerprint, ["candidate_id"])["candidate_id"]
-            place = np.flatnonzero(pc.is_in(names, value_set=value_set).to_numpy(zero_copy_only=False))
-            if len(place):
-                rows = read_table(path, pool.fingerprint, _CONTENT).take(pa.array(place)).to_pylist()
-                found.update(((label, row["candidate_id"]), row) for row in rows)
+        candidates = Collected(located(pool), "candidate_id")
+        row_C = np.array(sorted(candidates.rows_by_id(ids).values()))
+        found.update(((label, row["candidate_id"]), row) for part in candidates.parts(row_C, _CONTENT)
+                     for row in part.to_pylist())
     return found

@@ -4,13 +4,13 @@ Scores are cosines computed in float64 from the stored vectors; the order is sco
 ascending. So a run does not depend on the order of a pool, on block sizes, on threads or on the device, and a union
 gives what one concatenated pool would give. Query shards that search the same pool share one pass over it.
 
-Shapes: Q queries, K candidates kept, D dimensions.
+Shapes: Q queries, K candidates kept, N rows of the pool, D dimensions.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -93,14 +93,14 @@ def make(work: Sequence[tuple[Job, str]], runtime: Runtime) -> Iterator[Landed]:
     by_pool = sorted(work, key=lambda pair: (pair[0].pool_label, pair[0].artifact.params.depth))
     for _, group in groupby(by_pool, key=lambda pair: (pair[0].pool_label, pair[0].artifact.params.depth)):
         pairs = list(group)
-        search = _Search(pairs[0][0], runtime)
+        search = Search(pairs[0][0], runtime)
         for job, unit in pairs:
             if unit == RECALL and not job.artifact.path(unit).exists():
                 yield search.measure_recall(job)
         yield from _searched([pair for pair in pairs if pair[1] != RECALL], search, runtime)
 
 
-def _searched(work: list[tuple[Job, str]], search: _Search, runtime: Runtime) -> Iterator[Landed]:
+def _searched(work: list[tuple[Job, str]], search: Search, runtime: Runtime) -> Iterator[Landed]:
     """Search in passes of a bounded number of queries; what a pass found is written before the next begins."""
     waiting: list[_Queries] = []
     for job, unit in work:
@@ -128,23 +128,35 @@ class _Queries:
         return cls(job, unit, table["id"], vectors_of(table))
 
 
-class _Search:
-    """One pool, opened once for all that search it."""
+class Search:
+    """One pool, opened once for all that search it. Vectors and FAISS indexes are read again for every search; a
+    subclass may hold them."""
 
     def __init__(self, job: Job, runtime: Runtime):
         self.params, self.runtime, self.is_exact = job.artifact.params, runtime, job.is_exact
-        members = sorted(job.members, key=lambda member: member.embeddings.name)  # as Union orders them
-        self.pool = Union.of([EmbeddingStore.of(member.embeddings) for member in members])
+        self.members = sorted(job.members, key=lambda member: member.embeddings.name)  # as Union orders them
+        self.pool = Union.of([EmbeddingStore.of(member.embeddings) for member in self.members])
         self.statistics = indexes.Statistics.merged(
-            [indexes.Statistics.load(member.index.path("statistics.npz")) for member in members])
-        self.indexes = [member.index.path(member.faiss_file) for member in members if member.faiss_file]
+            [indexes.Statistics.load(member.index.path("statistics.npz")) for member in self.members])
         self.ids = self.pool.ids()
-        self.id_order = indexes.id_order(self.ids)
+        self.id_order_N = indexes.id_order(self.ids)
+
+    def hits(self, queries_QD: np.ndarray, depth: int) -> indexes.Hits:
+        """The first `depth` of each query, exact or as the indexes find them."""
+        return self._exact(queries_QD, depth) if self.is_exact else self._approximate(queries_QD, depth)
+
+    def blocks(self) -> Iterable[tuple[int, np.ndarray]]:
+        """The number of each block's first row and its vectors."""
+        return ((block.first_row, block.vectors_ND) for block in self.pool.blocks())
+
+    def faiss_index(self, number: int) -> Any:
+        """The own index of a member."""
+        return indexes.read_index(self.members[number].index.path(self.members[number].faiss_file))
 
     def answer(self, waiting: list[_Queries]) -> Iterator[Landed]:
         queries_QD = np.concatenate([queries.vectors_QD for queries in waiting])
         self._check_dimension(queries_QD, waiting[0])
-        hits = self._exact(queries_QD) if self.is_exact else self._approximate(queries_QD)
+        hits = self.hits(queries_QD, self.params.depth)
         first = 0
         for queries in waiting:
             last = first + len(queries.ids)
@@ -160,24 +172,23 @@ class _Search:
                             f"{queries.job.queries.label}, {self.pool.members[0].name}",
                             "they must come from one encoder")
 
-    def _exact(self, queries_QD: np.ndarray) -> indexes.Hits:
-        blocks = ((block.first_row, block.vectors_ND) for block in self.pool.blocks())
+    def _exact(self, queries_QD: np.ndarray, depth: int) -> indexes.Hits:
         return indexes.exact_search(
-            queries_QD, blocks, self.id_order, self.params.depth, self.statistics,
+            queries_QD, self.blocks(), self.id_order_N, depth, self.statistics,
             device=resolve_device(self.runtime.device), coarse=self.runtime.coarse, kernel=self.runtime.kernel,
             memory_bytes=int(self.runtime.memory_gb * 2**30))
 
-    def _approximate(self, queries_QD: np.ndarray) -> indexes.Hits:
+    def _approximate(self, queries_QD: np.ndarray, depth: int) -> indexes.Hits:
         """Each member's own index, one at a time in memory, merged."""
         found: list[tuple[indexes.Hits, int]] = []
         first_row = 0
-        for path, member in zip(self.indexes, self.pool.members):
-            order_N = self.id_order[first_row:first_row + member.rows]
-            hits = indexes.search_index(indexes.read_index(path), queries_QD, self.params.depth, order_N,
+        for number, member in enumerate(self.pool.members):
+            order_N = self.id_order_N[first_row:first_row + member.rows]
+            hits = indexes.search_index(self.faiss_index(number), queries_QD, depth, order_N,
                                         self.params.faiss_parameters)
             found.append((hits, first_row))
             first_row += member.rows
-        return indexes.merge_hits(found, self.id_order, self.params.depth)
+        return indexes.merge_hits(found, self.id_order_N, depth)
 
     def measure_recall(self, job: Job) -> Landed:
         """Share of the exact top-k that the index finds, on queries spread evenly over the task."""
@@ -185,8 +196,9 @@ class _Search:
         queries_QD = np.concatenate([block.vectors_ND for block in store.blocks()])
         count = min(len(queries_QD), job.artifact.params.recall_queries)
         sample = np.unique(np.linspace(0, len(queries_QD) - 1, count).astype(int))
-        exact, found = self._exact(queries_QD[sample]), self._approximate(queries_QD[sample])
-        cutoffs = sorted({min(10, self.params.depth), self.params.depth})
+        depth = self.params.depth
+        exact, found = self._exact(queries_QD[sample], depth), self._approximate(queries_QD[sample], depth)
+        cutoffs = sorted({min(10, depth), depth})
         recall = {f"recall@{cutoff}": indexes.recall_against_exact(found, exact, cutoff) for cutoff in cutoffs}
         artifacts.write_json(job.artifact.path(RECALL), {"queries": len(sample), **recall})
         return Landed(job.artifact.name, RECALL, len(sample))
