@@ -6,10 +6,10 @@ earlier windows take part as the products that their scores stand for. What was 
 products first, until none is left that could still get in. A few queries are scored with every row at once, which costs
 less than packing rows for them.
 
-With int8, the component along the mean's direction d is taken out of queries and rows, <q, x> = <q, d> <d, x> + <r, y>,
-and what is left is turned (native.cpp) and rounded to bytes in steps of its own. That is four times the products of
-float32 at the price of a larger error, so each row's own, |r| |y - y'|, is reckoned with instead of the largest. Where so
-much is kept that scoring it costs more than bytes save, the search goes on in bfloat16 or float32.
+With int8, the component along the mean's direction d is taken out of queries and rows, <q, x> = <q, d> <d, x> +
+<r, y>, and what is left is turned (native.cpp) and rounded to bytes in steps of its own. That is four times the
+products of float32 at the price of a larger error, so each row's own, |r| |y - y'|, is reckoned with instead of the
+largest. Where so much is kept that scoring it costs more than bytes save, the search goes on in bfloat16 or float32.
 
 Shapes: N rows (W of a window), Q queries (B of a block), K hits, D dimensions.
 """

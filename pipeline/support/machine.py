@@ -12,7 +12,8 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_UNITS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
+_UNITS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve",
+          "bf16")
 _LIBRARIES = {"torch": ("torch",), "faiss": ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu13")}
 
 

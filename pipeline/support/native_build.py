@@ -2,8 +2,8 @@
 
 A library lies there under a hash of its source, the compiler and the flags. Whatever prevents one (no compiler, no
 place to keep it, a library that cannot be loaded) is a line in the log and None: every use has another way to the same
-results. The environment variable PLUMBLINE_CPU caps the vector unit that may be used (amx, avx512_bf16, avx512_vnni, avx512, avx2),
-or turns all of this off (none).
+results. The environment variable PLUMBLINE_CPU caps the vector unit that may be used (amx, avx512_bf16, avx512_vnni,
+avx512, avx2), or turns all of this off (none).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _VNNI = (*_AVX512, "avx512vnni")
 UNITS = {"amx": (*_VNNI, "avx512bf16", "amx-tile", "amx-bf16"), "avx512_bf16": (*_VNNI, "avx512bf16"),
          "avx512_vnni": _VNNI, "avx512": _AVX512, "avx2": _AVX2}
 _TORCH_NAMES = {"fma": "fma3", "avx512f": "avx512_f", "avx512bw": "avx512_bw", "avx512vl": "avx512_vl",
-                "avx512dq": "avx512_dq", "avx512bf16": "avx512_bf16", "avx512vnni": "avx512_vnni", "amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
+                "avx512dq": "avx512_dq", "avx512bf16": "avx512_bf16", "avx512vnni": "avx512_vnni",
+                "amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
 OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC")
 Loaded = TypeVar("Loaded", bound="Library")
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_int64, "d": ctypes.c_double, "u": ctypes.c_uint64}
