@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.encoders import Item
 from pipeline.encoders.clip_texts import text_positions
-from pipeline.encoders.clip_towers import ClipEncoder, Prepared, new_model
+from pipeline.encoders.clip_towers import ClipEncoder, Prepared, new_model, without_gradients
 from pipeline.encoders.precision import arithmetic
 from pipeline.support.errors import UserError
 
@@ -135,17 +135,13 @@ class FeatureFusionEncoder(ClipEncoder):
         return states if is_complete else states.index_select(0, torch.tensor(order, device=self.device))
 
     def _text_positions(self, tokens_BL: Tensor) -> Tensor:
-        return self._in_parts(lambda part: text_positions(self.model, part), tokens_BL, tokens_BL.shape[1],
-                              4 * self._widths[0])
+        return self._in_parts(lambda part: text_positions(self.model, part, without_gradients(self._text_blocks)),
+                              tokens_BL, tokens_BL.shape[1], 4 * self._widths[0])
 
     def _image_positions(self, pixels_BCHW: Tensor) -> Tensor:
         return self._in_parts(self._states_of_images, pixels_BCHW, self._image_length, 4 * self._widths[1])
 
     def _states_of_images(self, pixels_BCHW: Tensor) -> Tensor:
-        import torch
-
         visual = self.model.visual
-        found = visual.forward_intermediates(pixels_BCHW, indices=1, normalize_intermediates=True,
-                                             intermediates_only=True, output_fmt="NLC", output_extra_tokens=True)
-        tokens = [found["image_intermediates_prefix"][0], found["image_intermediates"][0]]
-        return torch.cat(tokens, dim=1) @ visual.proj
+        blocks = without_gradients(self._image_blocks) or visual.transformer
+        return visual.ln_post(blocks(visual._embeds(pixels_BCHW))) @ visual.proj

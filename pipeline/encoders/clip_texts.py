@@ -16,6 +16,8 @@ from pipeline.support.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.encoders.clip_blocks import Blocks
+
 
 def new_tokenizer(architecture: Mapping[str, Any]) -> Any:
     """The architecture's tokenizer: a list of texts in, int64 [texts, context length] out."""
@@ -59,12 +61,11 @@ def needed_length(model: Any, tokens_BL: Tensor) -> int:
 
     It cannot in a causal tower that is read at the end marker (the first largest number, or `eos_id`).
     """
-    tower, pool, end_of_text = _text_tower(model)
+    tower, pool, _ = _text_tower(model)
     is_causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
     if not is_causal or pool not in ("argmax", "eos"):
         return tokens_BL.shape[1]
-    marked_BL = tokens_BL if pool == "argmax" else tokens_BL.eq(end_of_text or 0).int()
-    return int(marked_BL.argmax(dim=-1).max()) + 1
+    return int(_read_at(model, tokens_BL).max()) + 1
 
 
 def _text_tower(model: Any) -> tuple[Any, str | None, int | None]:
@@ -74,19 +75,53 @@ def _text_tower(model: Any) -> tuple[Any, str | None, int | None]:
     return model, model.text_pool_type, model.text_eos_id
 
 
-def text_positions(model: Any, tokens_BL: Tensor) -> Tensor:
-    """The text tower's state at every position, after its last norm: [B, L, W]. Causal towers only, any L it holds."""
-    tower, length = _text_tower(model)[0], tokens_BL.shape[1]
-    hidden_BLW = tower.token_embedding(tokens_BL) + tower.positional_embedding[:length]
-    return tower.ln_final(tower.transformer(hidden_BLW, attn_mask=tower.attn_mask[:length, :length]))
+def text_transformer(model: Any) -> Any:
+    """The text tower's transformer if the result is the state of one position; else None."""
+    tower, pool, _ = _text_tower(model)
+    return getattr(tower, "transformer", None) if pool in ("first", "last", "argmax", "eos") else None
 
 
-def encode_short_texts(model: Any, tokens_BL: Tensor) -> Tensor:
-    """open_clip's encode_text for fewer tokens than its causal mask, which that method insists on."""
-    from open_clip.transformer import text_global_pool
-
+def _read_at(model: Any, tokens_BL: Tensor) -> Tensor:
+    """The position of each text at which open_clip reads the result: [B]."""
     tower, pool, end_of_text = _text_tower(model)
-    ends_BW = text_global_pool(text_positions(model, tokens_BL), tokens_BL, pool, end_of_text)
+    length = tokens_BL.shape[1]
+    if getattr(tower, "cls_emb", None) is not None:  # stands behind the text, and is read whatever `pool` says
+        return tokens_BL.new_full(tokens_BL.shape[:1], length)
+    if pool in ("first", "last"):
+        return tokens_BL.new_full(tokens_BL.shape[:1], 0 if pool == "first" else length - 1)
+    return (tokens_BL if pool == "argmax" else tokens_BL.eq(end_of_text or 0).int()).argmax(dim=-1)
+
+
+def _embedded(tower: Any, tokens_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the transformer takes: states [B, L, W], and what is added in its attention."""
+    if hasattr(tower, "_embeds"):
+        hidden_BLW, mask = tower._embeds(tokens_BL)
+    else:  # the parts of a text tower, in a model that holds them itself
+        hidden_BLW = tower.token_embedding(tokens_BL) + tower.positional_embedding[:tokens_BL.shape[1]]
+        mask = tower.attn_mask
+    length = hidden_BLW.shape[1]
+    return hidden_BLW, None if mask is None else mask[..., :length, :length]
+
+
+def text_positions(model: Any, tokens_BL: Tensor, blocks: Blocks | None = None) -> Tensor:
+    """The text tower's state at every position, after its last norm: [B, L, W]. Causal towers only, any L it holds."""
+    tower = _text_tower(model)[0]
+    return tower.ln_final((blocks or tower.transformer)(*_embedded(tower, tokens_BL)))
+
+
+def encode_texts(model: Any, tokens_BL: Tensor, blocks: Blocks | None = None) -> Tensor:
+    """open_clip's encode_text, also for fewer tokens than its causal mask, which that method insists on.
+
+    With `blocks`, they do the work of the tower's `text_transformer`, at the position that is read only.
+    """
+    import torch
+
+    tower, read_at_B = _text_tower(model)[0], _read_at(model, tokens_BL)
+    if blocks is None:
+        rows_B = torch.arange(len(tokens_BL), device=tokens_BL.device)
+        ends_BW = text_positions(model, tokens_BL)[rows_B, read_at_B]
+    else:
+        ends_BW = tower.ln_final(blocks(*_embedded(tower, tokens_BL), read_at_B))[:, 0]
     projection = tower.text_projection
     if projection is None:
         return ends_BW

@@ -13,24 +13,28 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipeline.encoders import Item
 from pipeline.encoders.checkpoints import find_file
+from pipeline.encoders.clip_blocks import Blocks, fits
 from pipeline.encoders.clip_images import ImageInput
-from pipeline.encoders.clip_texts import encode_short_texts, needed_length, new_tokenizer
-from pipeline.encoders.precision import arithmetic, check_precision
+from pipeline.encoders.clip_texts import encode_texts, needed_length, new_tokenizer, text_transformer
+from pipeline.encoders.precision import arithmetic, check_precision, weights_dtype
 from pipeline.support.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+log = logging.getLogger("pipeline")
+
 # On a CPU no intermediate result is larger: beyond, glibc gives each its own mapping, and every page costs a fault.
 _MOST_BYTES = 13 * 2**20
+_MOST_TEXTS = 16  # on a CPU at once: sorted by length as they arrive, few are then padded by much
 
 
 class Prepared(NamedTuple):
@@ -117,6 +121,7 @@ class ClipEncoder:
         self._widths = [architecture[part].get("width", usual) for part, usual in (("text_cfg", 512),
                                                                                    ("vision_cfg", 768))]
         self._image_length = _image_length(model.visual)
+        self._image_blocks, self._text_blocks = self._blocks()
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -136,14 +141,21 @@ class ClipEncoder:
         """float32 [B, D], not normalised, one row per prepared item in order."""
         import torch
 
-        needs_order = self.precision != "fp32" and torch.device(self.device).type == "cpu"
-        with torch.inference_mode(), _positions_first(self.model) if needs_order else nullcontext():
+        with torch.inference_mode():
             return self.embed(batch).cpu().numpy()
 
     def compile(self) -> None:
-        """Let torch compile the blocks of both transformers, which then differ by rounding only."""
+        """Let torch compile open_clip's blocks of both transformers, which then differ by rounding only.
+
+        On a CPU what `clip_blocks` runs is faster than that, and stays.
+        """
+        import torch
         from open_clip.transformer import Transformer
 
+        if torch.device(self.device).type == "cpu" and (self._image_blocks or self._text_blocks):
+            log.info("embed.compile: on a CPU this encoder is faster as it is")
+            return
+        self._image_blocks = self._text_blocks = None
         for tower in self.model.modules():
             if isinstance(tower, Transformer):
                 for block in tower.resblocks:
@@ -164,54 +176,64 @@ class ClipEncoder:
                     vectors_BD = vectors_BD.index_add(0, torch.tensor(rows, device=self.device), outputs)
         return vectors_BD
 
+    def _blocks(self) -> tuple[Blocks | None, Blocks | None]:
+        """Of the image and the text tower: what runs them in `encode`; None for towers that open_clip's code runs."""
+        from open_clip.transformer import VisionTransformer
+
+        half = None if self.precision == "fp32" else weights_dtype(self.precision)
+        visual = self.model.visual
+        towers = visual.transformer if type(visual) is VisionTransformer else None, text_transformer(self.model)
+        images, texts = (Blocks(tower, half) if fits(tower) else None for tower in towers)
+        return images, texts
+
     def _encode_images(self, pixels_BHWC: Tensor) -> Tensor:
         def run(part: Tensor) -> Tensor:
-            return self.model.encode_image(self.images.normalised(part), normalize=False)
+            pixels_BCHW, blocks = self.images.normalised(part), without_gradients(self._image_blocks)
+            if blocks is None:
+                return self.model.encode_image(pixels_BCHW, normalize=False)
+            return _image_vectors(self.model.visual, pixels_BCHW, blocks)
         return self._in_parts(run, pixels_BHWC, self._image_length, 4 * self._widths[1])
 
     def _encode_texts(self, tokens_BL: Tensor) -> Tensor:
-        length = needed_length(self.model, tokens_BL)
-        is_short = length < tokens_BL.shape[1]
-
         def run(part: Tensor) -> Tensor:
-            if is_short:
-                return encode_short_texts(self.model, part.to(self.device, non_blocking=True))
-            return self.model.encode_text(part.to(self.device, non_blocking=True), normalize=False)
-        return self._in_parts(run, tokens_BL[:, :length], length, 4 * self._widths[0])
+            length, blocks = needed_length(self.model, part), without_gradients(self._text_blocks)
+            on_device = part[:, :length].to(self.device, non_blocking=True)
+            if blocks is None and length == part.shape[1]:
+                return self.model.encode_text(on_device, normalize=False)
+            return encode_texts(self.model, on_device, blocks)
+        length = needed_length(self.model, tokens_BL)
+        return self._in_parts(run, tokens_BL, length, 4 * self._widths[0], _MOST_TEXTS)
 
-    def _in_parts(self, run: Callable[[Tensor], Tensor], inputs: Tensor, length: int, width: int) -> Tensor:
+    def _in_parts(self, run: Callable[[Tensor], Tensor], inputs: Tensor, length: int, width: int,
+                  most: int | None = None) -> Tensor:
         """`run` over items of `length` positions, each at its widest `width` numbers; on a CPU `encode` runs parts."""
         import torch
 
         if not torch.is_inference_mode_enabled() or torch.device(self.device).type != "cpu":
             return run(inputs)
-        parts = inputs.split(max(1, _MOST_BYTES // (4 * length * width)))
+        parts = inputs.split(min(most or len(inputs), max(1, _MOST_BYTES // (4 * length * width))))
         return run(inputs) if len(parts) == 1 else torch.cat([run(part) for part in parts])
+
+
+def without_gradients(blocks: Blocks | None) -> Blocks | None:
+    """`blocks` while `encode` runs; None in training, which uses open_clip's modules."""
+    import torch
+
+    return blocks if torch.is_inference_mode_enabled() else None
+
+
+def _image_vectors(visual: Any, pixels_BCHW: Tensor, blocks: Blocks) -> Tensor:
+    """open_clip's VisionTransformer, its transformer run by `blocks`: [B, D]."""
+    import torch
+
+    hidden_BLW, read_at_B = visual._embeds(pixels_BCHW), None
+    if visual.attn_pool is None and visual.pool_type == "tok":
+        read_at_B = hidden_BLW.new_zeros(len(hidden_BLW), dtype=torch.long)
+    pooled_BW = visual._pool(blocks(hidden_BLW, read_at_B=read_at_B))[0]
+    return pooled_BW if visual.proj is None else pooled_BW @ visual.proj
 
 
 def _image_length(visual: Any) -> int:
     """Positions of one image in its tower; of towers other than open_clip's transformer an estimate."""
     positions = getattr(visual, "positional_embedding", None)
     return len(positions) if positions is not None else 256
-
-
-@contextmanager
-def _positions_first(model: Any) -> Iterator[None]:
-    """open_clip's transformers work on [positions, items] instead of [items, positions]; the results are the same.
-
-    Batch first, torch's attention transposes its input, and its product with bfloat16 weights then copies them once
-    per position: three quarters of the time of a tower on a CPU.
-    """
-    from open_clip.transformer import ResidualAttentionBlock, Transformer
-
-    turned = [module for tower in model.modules()
-              if isinstance(tower, Transformer) and tower.batch_first
-              and all(type(block) is ResidualAttentionBlock for block in tower.resblocks)
-              for module in (tower, *(block.attn for block in tower.resblocks))]
-    for module in turned:
-        module.batch_first = False
-    try:
-        yield
-    finally:
-        for module in turned:
-            module.batch_first = True

@@ -1,10 +1,11 @@
-"""Items per second of embedding: beside the bare forward pass, beside UniIR's way, and with equal items shared.
+"""Items per second of embedding: beside the forward pass alone, beside UniIR's way, and with equal items shared.
 
-From files (JPEG, 640 x 480) or members of a tar archive through our loaders to vectors; weights are random. The bare
-forward pass runs the same towers over the same images, decoded and normalised in memory, in the same batches. UniIR's
-way runs both towers for every item, a blank image or an empty text (77 tokens) standing in for what an item lacks and
-multiplied by 0, in fp32, fed by PIL and torchvision in a torch DataLoader. `loader_only` is what the loaders make
-when nothing is encoded: on few cores they and the towers take turns. Starting the loaders is not timed.
+From files (JPEG, 640 x 480) or members of a tar archive through our loaders to vectors; weights are random. The forward
+pass alone runs the same tower over the same images, decoded and normalised in memory, in the same batches; it is
+itself compared with open_clip's own. UniIR's way runs both towers for every item, a blank image or an empty text (77
+tokens) standing in for what an item lacks and multiplied by 0, in fp32, fed by PIL and torchvision in a torch
+DataLoader. `loader_only` is what the loaders make when nothing is encoded: on few cores they and the towers take turns.
+Starting the loaders is not timed.
 """
 
 # Shapes: B items of a batch, D dimensions.
@@ -16,7 +17,6 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List
@@ -59,8 +59,9 @@ def rows(options: Options) -> Iterator[Row]:
         for architecture in options.architectures:
             for precision in options.precisions:
                 encoder = world.encoder(architecture, precision)
+                yield bare(world, encoder, f"{architecture} {precision}")
                 for kind in ("files", "tar"):
-                    yield fed(world, encoder, f"{architecture} {precision}, images from {kind}", kind)
+                    yield fed(world, encoder, f"{architecture} {precision}", kind)
         for precision in options.precisions:
             yield mixed(world, world.encoder("ViT-B-32", precision), precision)
         yield shared(world, world.encoder("ViT-B-32", "fp32"))
@@ -89,6 +90,15 @@ class World:
             found = [Candidate(str(number), text, image, "image,text") for number, (text, image) in enumerate(items)]
             write_table(path, table_of(found, CANDIDATES), "0" * 12)
         return Source(path, "0" * 12, self.images, "", EXACT, self.root / "never")
+
+    def count_for(self, work: str) -> int:
+        return self.options.items if "ViT-B" in work else min(self.options.large_items, self.options.items)
+
+    def ready(self, encoder: Any, source: Source) -> list[Any]:
+        """float32 [B, 3, height, width] of each batch, on the device."""
+        import torch
+        return [encoder.images.normalised(torch.from_numpy(np.stack([each.pixels for each in batch.prepared])))
+                for batch in batches([source], encoder, self.options.batch_size, 0, "none")]
 
     def num_loaders(self) -> int:
         return num_loaders(self.options.loaders, 1000)
@@ -158,33 +168,40 @@ def row_of(name: str, work: str, amount: int, turns: dict[str, list[tuple[Any, .
 # the loader beside the bare forward pass
 
 def fed(world: World, encoder: Any, work: str, kind: str) -> Row:
-    count = world.options.items if "ViT-B" in work else min(world.options.large_items, world.options.items)
+    """The loader beside what it feeds."""
+    count = world.count_for(work)
     folder = "" if kind == "files" else "images.tar!inside/"
     source = world.source(f"{kind}{count}", [(None, folder + name_of(number)) for number in range(count)])
-    ready = [torch_stack(encoder, batch.prepared)
-             for batch in batches([source], encoder, world.options.batch_size, 0, "none")]
-    turns = timed({"ours": lambda: world.embed(encoder, source, "none"), "baseline": lambda: forward(encoder, ready)},
-                  world.options.repetitions)
-    return row_of("embed", f"{work}, batches of {world.options.batch_size}", count, turns,
-                  "forward pass on ready tensors", 0.0, loader_only=round(world.prepare_only(encoder, source), 1),
-                  loaders=world.num_loaders())
+    ready = world.ready(encoder, source)
+    turns = timed({"ours": lambda: world.embed(encoder, source, "none"),
+                   "baseline": lambda: forward(encoder, ready, is_ours=True)}, world.options.repetitions)
+    return row_of("embed", f"{work}, images from {kind}, batches of {world.options.batch_size}", count, turns,
+                  "its forward pass on ready tensors", 0.0,
+                  loader_only=round(world.prepare_only(encoder, source), 1), loaders=world.num_loaders())
 
 
-def torch_stack(encoder: Any, prepared: Sequence[Any]) -> Any:
-    """float32 [B, 3, height, width] on the device."""
+def bare(world: World, encoder: Any, work: str) -> Row:
+    """The forward pass beside open_clip's."""
+    count = world.count_for(work)
+    ready = world.ready(encoder, world.source(f"files{count}", [(None, name_of(number)) for number in range(count)]))
+    turns = timed({"ours": lambda: forward(encoder, ready, is_ours=True),
+                   "baseline": lambda: forward(encoder, ready, is_ours=False)}, world.options.repetitions)
+    return row_of("embed", f"{work}, forward pass, batches of {world.options.batch_size}", count, turns, "open_clip's",
+                  1e-5 if encoder.precision == "fp32" else 2e-2)
+
+
+def forward(encoder: Any, ready: Sequence[Any], is_ours: bool) -> tuple[float, np.ndarray]:
+    """Seconds and vectors of the image tower over normalised pixels, by the encoder's blocks or by open_clip's own."""
     import torch
-    return encoder.images.normalised(torch.from_numpy(np.stack([each.pixels for each in prepared])))
 
-
-def forward(encoder: Any, ready: Sequence[Any]) -> tuple[float, np.ndarray]:
-    """Seconds and vectors of the image tower over normalised pixels, run as the encoder runs it."""
-    import torch
+    def tower(pixels: Any) -> Any:
+        if is_ours and encoder._image_blocks is not None:
+            return clip_towers._image_vectors(encoder.model.visual, pixels, encoder._image_blocks)
+        return encoder.model.encode_image(pixels)
     started = time.perf_counter()
-    is_half_on_cpu = encoder.precision != "fp32" and encoder.device == "cpu"
-    with torch.inference_mode(), clip_towers._positions_first(encoder.model) if is_half_on_cpu else nullcontext():
-        with arithmetic(encoder.device, encoder.precision):
-            found = [encoder._in_parts(encoder.model.encode_image, pixels, encoder._image_length,
-                                       4 * encoder._widths[1]).float().cpu().numpy() for pixels in ready]
+    with torch.inference_mode(), arithmetic(encoder.device, encoder.precision):
+        found = [encoder._in_parts(tower, pixels, encoder._image_length, 4 * encoder._widths[1]).float().cpu().numpy()
+                 for pixels in ready]
     return time.perf_counter() - started, np.concatenate(found)
 
 
