@@ -1,8 +1,8 @@
 """The transformer of an open_clip tower, run for its vectors only: the same weights and sums, in less time.
 
 Nine tenths of a tower are products with weights. On a CPU oneDNN makes them faster than torch.nn.functional.linear
-does, and adds GELU or the residual in the same pass. The last block works only where the tower is read; every position
-still gives its keys and values, so the result is the same up to rounding.
+does, and adds GELU or the residual in the same pass. Behind its attention the last block works only where the tower is
+read, so the result is the same up to rounding.
 
 The trade: half precision keeps one copy of the blocks' weights (autocast would make it at every call); fp32 none.
 """
@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-_ALL = slice(None)
 
 
 def fits(tower: Any) -> bool:
@@ -76,24 +74,20 @@ class _Block:
     def __call__(self, hidden_BLW: Tensor, mask: Tensor | None, read_at_B: Tensor | None = None) -> Tensor:
         import torch
 
-        normed_BLW, width = self._block.ln_1(hidden_BLW), hidden_BLW.shape[-1]
-        if read_at_B is None:
-            queries, keys, values = self._parts(normed_BLW, _ALL)
-        else:
-            rows_B = torch.arange(len(hidden_BLW), device=hidden_BLW.device)
-            hidden_BLW = hidden_BLW[rows_B, read_at_B][:, None]
-            queries, = self._parts(normed_BLW[rows_B, read_at_B][:, None], slice(width))
-            keys, values = self._parts(normed_BLW, slice(width, None))
-            mask = None if mask is None else mask.expand(len(rows_B), -1, -1, -1)[rows_B, :, read_at_B][:, :, None]
+        queries, keys, values = self._parts(self._block.ln_1(hidden_BLW))
         seen_BHLV = torch.nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=None if mask is None else mask.to(queries.dtype))
-        hidden_BLW = self._outward.added(seen_BHLV.transpose(1, 2).flatten(2), hidden_BLW, self._block.ls_1)
+        seen_BLW = seen_BHLV.transpose(1, 2).flatten(2)
+        if read_at_B is not None:  # not before: of few queries, torch's sums depend on the number of threads
+            rows_B = torch.arange(len(hidden_BLW), device=hidden_BLW.device)
+            hidden_BLW, seen_BLW = (states[rows_B, read_at_B][:, None] for states in (hidden_BLW, seen_BLW))
+        hidden_BLW = self._outward.added(seen_BLW, hidden_BLW, self._block.ls_1)
         return self._narrow.added(self._activated(self._block.ln_2(hidden_BLW)), hidden_BLW, self._block.ls_2)
 
-    def _parts(self, normed_BLW: Tensor, outputs: slice) -> tuple[Tensor, ...]:
-        """Queries, keys and values, or those of them that `outputs` selects: each [B, H, L, V]."""
+    def _parts(self, normed_BLW: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values: each [B, H, L, V]."""
         numbers = normed_BLW.shape[-1] // self._heads
-        parts = self._inward(normed_BLW, outputs).unflatten(-1, (-1, self._heads, numbers))
+        parts = self._inward(normed_BLW).unflatten(-1, (-1, self._heads, numbers))
         return parts.permute(2, 0, 3, 1, 4).unbind()
 
     def _activated(self, normed_BLW: Tensor) -> Tensor:
@@ -116,10 +110,10 @@ class _Linear:
         self._copied_from: Any = None
         self._copies: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, rows: Tensor, outputs: slice = _ALL, has_gelu: bool = False) -> Tensor:
+    def __call__(self, rows: Tensor, has_gelu: bool = False) -> Tensor:
         from torch.nn.functional import gelu, linear
 
-        weight, bias = (each[outputs] for each in self._weights())
+        weight, bias = self._weights()
         rows = rows.to(weight.dtype)
         if self._kernel is None:
             return gelu(linear(rows, weight, bias)) if has_gelu else linear(rows, weight, bias)
@@ -142,6 +136,16 @@ class _Linear:
             weight, bias = (each.detach().to(self._half) for each in self._originals)
             self._copies, self._copied_from = (weight, bias), state
         return self._copies
+
+
+def projected(rows_BW: Tensor, weights_WD: Tensor) -> Tensor:
+    """rows @ weights, [B, D]: in float32 on a CPU by oneDNN, whose sums do not depend on the number of threads."""
+    import torch
+
+    kernel = fused_linear(rows_BW.device.type, rows_BW.dtype)
+    if kernel is None or rows_BW.dtype != torch.float32 or torch.is_autocast_enabled(rows_BW.device.type):
+        return rows_BW @ weights_WD
+    return kernel(rows_BW, weights_WD.t(), None, "none", [], "")
 
 
 def fused_linear(device: str, kind: torch.dtype) -> Any:

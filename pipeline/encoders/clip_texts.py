@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pipeline.encoders.clip_blocks import Blocks, projected
 from pipeline.support.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from pipeline.encoders.clip_blocks import Blocks
 
 
 def new_tokenizer(architecture: Mapping[str, Any]) -> Any:
@@ -125,4 +124,6 @@ def encode_texts(model: Any, tokens_BL: Tensor, blocks: Blocks | None = None) ->
     projection = tower.text_projection
     if projection is None:
         return ends_BW
-    return projection(ends_BW) if callable(projection) else ends_BW @ projection
+    if callable(projection):
+        return projection(ends_BW)
+    return ends_BW @ projection if blocks is None else projected(ends_BW, projection)

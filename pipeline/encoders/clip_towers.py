@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipeline.encoders import Item
 from pipeline.encoders.checkpoints import find_file
-from pipeline.encoders.clip_blocks import Blocks, fits
+from pipeline.encoders.clip_blocks import Blocks, fits, projected
 from pipeline.encoders.clip_images import ImageInput
 from pipeline.encoders.clip_texts import encode_texts, needed_length, new_tokenizer, text_transformer
 from pipeline.encoders.precision import arithmetic, check_precision, weights_dtype
@@ -230,7 +230,7 @@ def _image_vectors(visual: Any, pixels_BCHW: Tensor, blocks: Blocks) -> Tensor:
     if visual.attn_pool is None and visual.pool_type == "tok":
         read_at_B = hidden_BLW.new_zeros(len(hidden_BLW), dtype=torch.long)
     pooled_BW = visual._pool(blocks(hidden_BLW, read_at_B=read_at_B))[0]
-    return pooled_BW if visual.proj is None else pooled_BW @ visual.proj
+    return pooled_BW if visual.proj is None else projected(pooled_BW, visual.proj)
 
 
 def _image_length(visual: Any) -> int:

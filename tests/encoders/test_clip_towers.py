@@ -274,6 +274,22 @@ def test_half_precisions_are_close_and_really_used(folder: Path, encoder: ClipEn
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
 
 
+def test_no_bit_depends_on_the_number_of_threads(encoder: ClipEncoder) -> None:
+    """Workers share the processors: two of them must make the bytes of one."""
+    words = [encoder.prepare(Item("red blue small " * (number % 5) + "dog", None)) for number in range(20)]
+    pictures, threads = [encoder.prepare(Item(None, picture(seed))) for seed in range(20)], torch.get_num_threads()
+    try:
+        for batch in (part[:count] for part in (words, pictures) for count in (1, 2, 5, 10, 19, 20)):
+            made = []
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                made.append(encoder.encode(batch))
+            np.testing.assert_array_equal(made[0], made[1])
+            np.testing.assert_array_equal(made[0], made[2])
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_compiled_vectors_differ_by_rounding(folder: Path, precision: str, tolerance: float) -> None:
